@@ -1,0 +1,158 @@
+"""The bundle: the folder that a device gets.  Format: docs/bundle.md
+
+This is the reading side and the manifest; rwkv_edge.convert writes a bundle, rwkv_edge.runtime runs it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError, CheckpointError
+from .files import DTYPES, Record, Stored
+from .spec import Spec, StateTensor, Weight
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk, its manifest read and checked for sense.
+
+    tensors  canonical name -> Stored, where its numbers lie
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+    spec: Spec
+    tensors: Mapping[str, Stored]
+
+    @property
+    def model_id(self) -> str:
+        model_id: str = self.manifest["model_id"]
+        return model_id
+
+    def graph(self, role: str) -> Mapping[str, Any]:
+        """Give the manifest's entry of the graph with this role.
+
+        Raises  BundleError if there is none.
+        """
+        for graph in self.manifest["graphs"]:
+            if graph["role"] == role:
+                found: Mapping[str, Any] = graph
+                return found
+        roles = ", ".join(g["role"] for g in self.manifest["graphs"])
+        raise BundleError(f"{self.path} has no graph for {role!r}, only for {roles}")
+
+
+def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
+    """Read a bundle's manifest, and with `verify` every byte of its files against it.
+
+    Raises  BundleError if there is no manifest, it is damaged or of a newer format, or a file differs from it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise BundleError(f"{path} is {'not a folder' if path.exists() else 'not there'}: a bundle is a folder with a {MANIFEST}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except FileNotFoundError as e:
+        raise BundleError(f"{path} has no {MANIFEST}: it is not a bundle, or its export was interrupted") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise BundleError(f"{path / MANIFEST} cannot be read: {e}") from e
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        raise BundleError(f"{path / MANIFEST} is not a bundle's manifest: it states no format")
+    if manifest["format"] > FORMAT:
+        raise BundleError(
+            f"{path} is of format {manifest['format']} and this release reads format {FORMAT}: update rwkv-edge"
+        )
+    try:
+        bundle = _parse(path, manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, CheckpointError) as e:
+        raise BundleError(f"{path / MANIFEST} is damaged ({type(e).__name__}: {e}): export the bundle again") from e
+    if verify:
+        verify_files(bundle)
+    return bundle
+
+
+def _parse(path: Path, manifest: dict[str, Any]) -> Bundle:
+    for name, about in manifest["files"].items():
+        if name != Path(name).name or name in ("", ".", ".."):
+            raise BundleError(f"{path / MANIFEST} names {name!r}: a bundle's files lie in its own folder")
+        file = path / name
+        if not file.is_file():
+            raise BundleError(f"{file} is missing: export or copy the bundle again")
+        if file.stat().st_size != about["bytes"]:
+            raise BundleError(f"{file} has {file.stat().st_size} bytes, expected {about['bytes']}: copy the bundle again")
+    used = [g["file"] for g in manifest["graphs"]] + [t["file"] for t in manifest["tensors"].values()]
+    used += [manifest["tokenizer"]["file"]] if manifest["tokenizer"] else []
+    for name in used:
+        if name not in manifest["files"]:
+            raise BundleError(f"{path / MANIFEST} uses {name!r} but does not list it under files")
+    tensors = {name: _stored(path, manifest["files"], name, t) for name, t in manifest["tensors"].items()}
+    weights = {name: Weight(t.shape, manifest["tensors"][name]["kind"]) for name, t in tensors.items()}
+    per_layer = tuple(
+        StateTensor(t["name"].removeprefix("0."), tuple(t["shape"]), float(t["first"]))
+        for t in manifest["state"]
+        if t["name"].startswith("0.")
+    )
+    spec = Spec(**manifest["spec"], weights=weights, state=per_layer)
+    if [t["name"] for t in manifest["state"]] != list(spec.state_tensors):
+        raise BundleError(f"{path / MANIFEST} is damaged: its state does not fit {spec.n_layer} layers")
+    return Bundle(path, manifest, spec, tensors)
+
+
+def _stored(path: Path, files: Mapping[str, Any], name: str, t: Mapping[str, Any]) -> Stored:
+    shape, bits, block = tuple(t["shape"]), t["bits"], t["block"]
+    n_blocks = -(-shape[1] // block) if block else 0
+    packed = (shape[0], n_blocks, block * bits // 8) if block else shape
+    data = Record(path / t["file"], t["offset"], t["dtype"], packed)
+    scales = Record(path / t["file"], t["scales"]["offset"], "F32", (shape[0], n_blocks)) if block else None
+    stored = Stored(name, shape, data, bits=bits, block=block, scales=scales, method=t["method"])
+    stored.validate()
+    for record in (data, *([scales] if scales else [])):
+        if record.offset < 0 or record.offset + record.nbytes > files[t["file"]]["bytes"]:
+            raise BundleError(f"{path / MANIFEST} places {name} outside {t['file']}")
+    return stored
+
+
+def tensor_entry(stored: Stored, kind: str) -> dict[str, Any]:
+    """A tensor's entry in the manifest."""
+    return {
+        "file": stored.data.path.name,
+        "offset": stored.data.offset,
+        "bytes": stored.data.nbytes,
+        "dtype": stored.data.dtype,
+        "shape": list(stored.shape),
+        "kind": kind,
+        "bits": stored.bits,
+        "block": stored.block,
+        "scales": {"offset": stored.scales.offset, "bytes": stored.scales.nbytes} if stored.scales else None,
+        "method": stored.method,
+    }
+
+
+def verify_files(bundle: Bundle) -> None:
+    """Compare every file's sha256 with the manifest.
+
+    Raises  BundleError, naming the first file that differs.
+    """
+    for name, about in bundle.manifest["files"].items():
+        if sha256_of(bundle.path / name) != about["sha256"]:
+            raise BundleError(f"{bundle.path / name} is damaged: its sha256 is not the manifest's. Copy the bundle again")
+
+
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    try:
+        with open(file, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as e:
+        raise BundleError(f"cannot read {file}: {e.strerror}") from e
+
+
+def dump_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest's bytes: the same for the same content."""
+    return (json.dumps(manifest, indent=1, ensure_ascii=True) + "\n").encode()

@@ -1,0 +1,138 @@
+"""What people download, under canonical names: lazily, in row blocks, never whole."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CheckpointError
+from ..files import Record, Stored
+from ..models import detect
+from ..spec import Shape, Spec
+from .pth import read_pth
+from .safetensors import read_safetensors
+
+QUANTIZED = "rwkv-edge quantized"  # metadata key of our own quantized checkpoints
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's weights in their file.
+
+    tensors  canonical name -> Stored, in the order in which a step reads them
+    known_id the model's id where the file states it (our own quantized checkpoints), else None
+    """
+
+    path: Path
+    spec: Spec
+    tensors: Mapping[str, Stored]
+    known_id: str | None = None
+
+    @property
+    def quantized(self) -> bool:
+        return self.known_id is not None
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint: a torch zip `.pth`, or `.safetensors`. Reads no weights.
+
+    Raises  CheckpointError if the file is missing, damaged, not RWKV, or of a version that is not supported.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: give the checkpoint file in it")
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    try:
+        with open(path, "rb") as f:
+            magic = f.read(9)
+    except OSError as e:
+        raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
+    if magic[:2] == b"PK":
+        return _canonical(path, read_pth(path))
+    if magic[8:9] == b"{":
+        records, metadata = read_safetensors(path)
+        if QUANTIZED in metadata:
+            return _quantized(path, records, metadata[QUANTIZED])
+        return _canonical(path, records)
+    if magic[:1] == b"\x80":
+        raise CheckpointError(f"{path} is a legacy torch file (before 1.6): load and save it once with torch.save")
+    if magic[:4] == b"GGUF":
+        raise CheckpointError(f"{path} is a GGUF file: give the .pth or .safetensors that it was made from")
+    raise CheckpointError(f"{path} is neither a torch checkpoint (.pth) nor safetensors")
+
+
+def _canonical(path: Path, records: dict[str, Record]) -> Checkpoint:
+    """Bring official names and layouts to canonical ones: no axes of one, matrices as (outputs, inputs)."""
+    try:
+        model = detect(records)
+        tensors: dict[str, Stored] = {}
+        for name, record in records.items():
+            if name in model.UNUSED:
+                continue
+            shape = record.shape[2:] if len(record.shape) == 3 and record.shape[:2] == (1, 1) else record.shape
+            transposed = name.split(".")[-1] in model.INPUTS_FIRST and len(shape) == 2
+            flat = Record(record.path, record.offset, record.dtype, shape)
+            tensors[name] = Stored(name, shape[::-1] if transposed else shape, flat, transposed)
+        spec: Spec = model.spec({name: t.shape for name, t in tensors.items()})
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from e
+    return Checkpoint(path, spec, {name: tensors[name] for name in spec.weights})
+
+
+def _quantized(path: Path, records: dict[str, Record], text: str) -> Checkpoint:
+    """Our own quantized checkpoint: canonical names, with `{name}.scales` beside packed codes."""
+    try:
+        about = json.loads(text)
+        model_id, table = str(about["model_id"]), about["tensors"]
+        if about["format"] != 1:
+            raise CheckpointError(f"{path} is of format {about['format']}: this release reads format 1")
+        tensors = {}
+        for name, t in table.items():
+            shape: Shape = tuple(t["shape"])
+            scales = records[f"{name}.scales"] if t["block"] else None
+            tensors[name] = Stored(name, shape, records[name], False, t["bits"], t["block"], scales, t["method"])
+            tensors[name].validate()
+        spec: Spec = detect(tensors).spec({name: t.shape for name, t in tensors.items()})
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+        raise CheckpointError(f"{path}: its table of quantized tensors is damaged ({e!r})") from e
+    return Checkpoint(path, spec, {name: tensors[name] for name in spec.weights}, model_id)
+
+
+class ModelId:
+    """The sha256 of a model, whatever its container and order: over every tensor's name, shape and float32 bytes."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, "hashlib._Hash"] = {}
+
+    def update(self, name: str, shape: Shape, rows: np.ndarray) -> None:
+        """Add the next rows of a tensor."""
+        if name not in self._tensors:
+            self._tensors[name] = hashlib.sha256(json.dumps([name, shape]).encode())
+        self._tensors[name].update(np.ascontiguousarray(rows, "<f4").data)
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"".join(self._tensors[n].digest() for n in sorted(self._tensors))).hexdigest()
+
+
+def model_id(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
+    """Identify the model, reading every weight once."""
+    if checkpoint.known_id is not None:
+        return checkpoint.known_id
+    total, done, digest = checkpoint.spec.n_parameters, 0, ModelId()
+    for name, t in checkpoint.tensors.items():
+        for start in range(0, t.shape[0], t.rows_per_read):
+            rows = t.rows(start, min(start + t.rows_per_read, t.shape[0]))
+            assert isinstance(rows, np.ndarray)
+            digest.update(name, t.shape, rows)
+            done += rows.size
+            if progress:
+                progress(done, total)
+    return digest.hexdigest()

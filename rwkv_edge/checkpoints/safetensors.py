@@ -1,0 +1,69 @@
+"""safetensors files: their header, read with care, and written so that the data can follow in a stream.
+
+The safetensors package reads whole tensors into memory, and numpy has no bfloat16; state files, which are small, use it.
+Source: github.com/huggingface/safetensors, README, "Format"
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..files import DTYPES, Record
+from ..spec import Shape
+
+_MAX_HEADER = 100_000_000  # the limit of the safetensors package
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
+    """Find every tensor, and the metadata; reads the header only.
+
+    Raises  CheckpointError if the header is oversized, no JSON, or does not fit the file.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            head = f.read(8)
+            n = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+            if not 2 <= n <= min(_MAX_HEADER, size - 8):
+                raise CheckpointError(f"{path} has a header of {n} bytes in a file of {size}: it is damaged or cut short")
+            header = json.loads(f.read(n))
+    except OSError as e:
+        raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path} has a damaged header: {e}") from e
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a damaged header: a list of tensors by name is expected")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path} has damaged metadata")
+    return {name: _record(path, 8 + n, size, name, t) for name, t in header.items()}, metadata
+
+
+def _record(path: Path, base: int, size: int, name: str, entry: Any) -> Record:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        ok = all(type(v) is int and v >= 0 for v in (start, stop, *shape))
+    except (KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{path}: the header's entry for {name} is damaged") from e
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name} is stored as {dtype}: only F32, F16, BF16 and our own U8 can be read")
+    if not ok or stop - start != math.prod(shape) * DTYPES[dtype].itemsize or base + stop > size or stop == start:
+        raise CheckpointError(f"{path}: {name} of shape {list(shape)} does not fit the file: it is damaged or cut short")
+    return Record(path, base + start, dtype, shape)
+
+
+def header(tensors: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str]) -> bytes:
+    """Give the bytes before the data of a file with these tensors (dtype, shape), whose data follows in this order."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = at + math.prod(shape) * DTYPES[dtype].itemsize
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,269 @@
+"""Checkpoint -> (quantize) -> exporter -> bundle: the one place that composes them."""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from . import __version__
+from .bundle import FORMAT, MANIFEST, dump_manifest, read_bundle, sha256_of, tensor_entry
+from .checkpoints import QUANTIZED, Checkpoint, ModelId, open_checkpoint
+from .checkpoints.safetensors import header
+from .errors import ExportError, InputError, QuantizeError
+from .exporters import onnx
+from .files import Record, Stored, new_directory, new_file
+from .qtensor import Plan, QTensor, Recipe
+from .quantize import plan as make_plan
+from .quantize import rtn
+from .spec import Shape
+from .tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]
+WEIGHTS = "weights.bin"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a command wrote: where, how many bytes, and how many bits a weight takes."""
+
+    path: Path
+    nbytes: int
+    bits_per_weight: float
+    model_id: str
+
+
+def quantize(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    quant: str = "int4",
+    block: int = 32,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Written:
+    """Write a quantized checkpoint: safetensors, with codes as MatMulNBits packs them and `{name}.scales` beside them.
+
+    quant, block, overrides  see rwkv_edge.quantize.plan
+    progress                 called with weights done and weights in all
+
+    Raises  CheckpointError, QuantizeError, OutputError
+    """
+    output = Path(output)
+    source = open_checkpoint(checkpoint)
+    plan = _plan(source, quant, block, overrides)
+    entries: dict[str, tuple[str, Shape]] = {}
+    for name, w in source.spec.weights.items():
+        data, scales = _records(output, w.shape, plan[name], 0, 0)
+        entries[name] = (data.dtype, data.shape)
+        if scales:
+            entries[f"{name}.scales"] = (scales.dtype, scales.shape)
+    table = {
+        name: {"shape": list(w.shape), "bits": plan[name].bits, "block": plan[name].block, "method": plan[name].method}
+        for name, w in source.spec.weights.items()
+    }
+    about = {"format": 1, "model_id": "0" * 64, "tensors": table}
+
+    def head() -> bytes:
+        return header(entries, {QUANTIZED: json.dumps(about, separators=(",", ":"))})
+
+    with new_file(output, force=force) as temporary, open(temporary, "wb") as f:
+        f.write(head())
+        about["model_id"] = model_id = _write_tensors(source, plan, f, None, progress)
+        f.seek(0)
+        f.write(head())  # of the same length: only the id is known later
+    return Written(output, output.stat().st_size, _bits_per_weight(source, plan), model_id)
+
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    quant: str | None = None,
+    block: int = 32,
+    overrides: Sequence[str] = (),
+    wkv: str = "attention",
+    tokenizer: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Written:
+    """Write a bundle for onnxruntime.
+
+    quant, block, overrides  see rwkv_edge.quantize.plan; a quantized checkpoint brings its own
+    wkv        "attention" (onnxruntime's operator, the fastest), "plain" (plain operations), "step" (one token a call)
+    tokenizer  a tokenizer.json; without it, the one beside the checkpoint; if there is none, the bundle has none
+    progress   called with weights done and weights in all
+
+    The same weights and options give the same bytes, whatever container the weights came in.
+
+    Raises  CheckpointError, QuantizeError, ExportError, InputError, OutputError
+    """
+    output = Path(output)
+    source = open_checkpoint(checkpoint)
+    if wkv not in onnx.WKV_FORMS:
+        raise ExportError(f"wkv {wkv!r} is unknown: expected one of {', '.join(onnx.WKV_FORMS)}")
+    spec, plan = source.spec, _plan(source, quant, block, overrides)
+    tokenizer_file, tokenizer_about = _tokenizer(source, tokenizer)
+    layout = onnx.Layout(spec, plan)
+    graphs = {"run": onnx.trace(spec, plan, layout, wkv=wkv, exact=False, weights_file=WEIGHTS)}
+    if graphs["run"].about["arithmetic"] != "exact":
+        graphs["exact"] = onnx.trace(spec, plan, layout, wkv=wkv, exact=True, weights_file=WEIGHTS)
+
+    with new_directory(output, force=force, marker=MANIFEST) as folder:
+        names = {"run": "model.onnx", "exact": "exact.onnx"}
+        for role, graph in graphs.items():
+            (folder / names[role]).write_bytes(graph.data)
+        if tokenizer_file:
+            (folder / tokenizer_about["file"]).write_bytes(tokenizer_file.read_bytes())
+        with open(folder / WEIGHTS, "wb") as f:
+            model_id = _write_tensors(source, plan, f, layout, progress)
+        tensors = {}
+        for name, w in spec.weights.items():
+            at = [layout.places[part].offset if part in layout.places else 0 for part in ((name, "data"), (name, "scales"))]
+            data, scales = _records(folder / WEIGHTS, w.shape, plan[name], *at)
+            r = plan[name]
+            stored = Stored(name, w.shape, data, bits=r.bits, block=r.block, scales=scales, method=r.method)
+            tensors[name] = tensor_entry(stored, w.kind)
+        manifest = {
+            "format": FORMAT,
+            "model_id": model_id,
+            "spec": spec.sizes,
+            "state": [
+                {"name": name, "shape": list(t.shape), "dtype": "float32", "first": t.first}
+                for name, t in spec.state_tensors.items()
+            ],
+            "graphs": [{"file": names[role], "role": role, **graph.about} for role, graph in graphs.items()],
+            "tensors": tensors,
+            "files": {
+                file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())
+            },
+            "tokenizer": tokenizer_about or None,
+            "prompt": None,
+            "sampling": {"temperature": 1.0, "top_p": 0.7},
+            "made_by": {"tool": "rwkv-edge", "version": __version__},
+        }
+        (folder / MANIFEST).write_bytes(dump_manifest(manifest))
+        nbytes = sum(file.stat().st_size for file in folder.iterdir())
+        read_bundle(folder, verify=False)  # what we write, we can read
+    return Written(output, nbytes, _bits_per_weight(source, plan), model_id)
+
+
+def _plan(source: Checkpoint, quant: str | None, block: int, overrides: Sequence[str]) -> Plan:
+    if not source.quantized:
+        return make_plan(source.spec, quant or "none", block=block, overrides=overrides)
+    if quant is not None or overrides:
+        raise QuantizeError(f"{source.path} is quantized already: give the original checkpoint, or leave --quant out")
+    return {name: Recipe(t.bits, t.block, t.method) for name, t in source.tensors.items()}
+
+
+def _bits_per_weight(source: Checkpoint, plan: Plan) -> float:
+    nbytes = sum(plan[name].nbytes(w.shape) for name, w in source.spec.weights.items())
+    return 8 * nbytes / source.spec.n_parameters
+
+
+def _tokenizer(source: Checkpoint, given: str | Path | None) -> tuple[Path | None, dict[str, Any]]:
+    file = Path(given) if given else source.path.with_name("tokenizer.json")
+    if given and not file.is_file():
+        raise InputError(f"the tokenizer {file} does not exist")
+    if not file.is_file():
+        return None, {}
+    tokenizer = Tokenizer(file)
+    # a table padded to a multiple of 128 or so is common, less than that is another model's
+    if not tokenizer.n_vocab <= source.spec.n_vocab < tokenizer.n_vocab + 1024:
+        raise InputError(
+            f"{file} has {tokenizer.n_vocab} tokens, but the model has {source.spec.n_vocab}: it belongs to another "
+            "model; give the right one with --tokenizer"
+        )
+    return file, {"kind": tokenizer.kind, "file": "tokenizer.json", "end_of_text": tokenizer.end_of_text}
+
+
+# --- streaming the tensors ---
+
+
+def _records(file: Path, shape: Shape, r: Recipe, data_at: int, scales_at: int) -> tuple[Record, Record | None]:
+    """The records of one stored tensor."""
+    if r.block is None:
+        return Record(file, data_at, f"F{r.bits}", shape), None
+    n_blocks = -(-shape[1] // r.block)
+    packed = Record(file, data_at, "U8", (shape[0], n_blocks, r.block * r.bits // 8))
+    return packed, Record(file, scales_at, "F32", (shape[0], n_blocks))
+
+
+def _write_tensors(
+    source: Checkpoint, plan: Plan, f: BinaryIO, layout: onnx.Layout | None, progress: Progress | None
+) -> str:
+    """Write every tensor, in blocks of rows, to its place or, without a layout, one after the other.
+
+    Returns  the model's id
+    """
+    digest, done, total = ModelId(), 0, source.spec.n_parameters
+    order = list(dict.fromkeys(name for name, _ in layout.places)) if layout else list(source.tensors)
+    for name in order:
+        t = source.tensors[name]
+        scales: list[npt.NDArray[np.float32]] = []
+        if layout:
+            _pad(f, layout.places[name, "data"].offset)
+        for rows, data, s in _encode(t, plan[name]):
+            f.write(data)
+            if s is not None:
+                scales.append(s)
+            if not source.quantized:
+                digest.update(name, t.shape, rows)
+            done += len(data) and rows.size
+            if progress:
+                progress(done, total)
+        if scales:
+            if layout:
+                _pad(f, layout.places[name, "scales"].offset)
+            for s in scales:
+                f.write(s.data)
+    if layout:
+        _pad(f, layout.end)
+    return source.known_id or digest.hexdigest()
+
+
+def _pad(f: BinaryIO, offset: int) -> None:
+    assert 0 <= offset - f.tell() < 4096, "tensors are written in the order of their places"
+    f.write(bytes(offset - f.tell()))
+
+
+_Encoded = tuple[npt.NDArray[Any], memoryview, npt.NDArray[np.float32] | None]
+
+
+def _encode(t: Stored, recipe: Recipe) -> Iterator[_Encoded]:
+    """Read, round and pack a tensor in blocks of rows: all cores work, a few blocks are in memory."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pending: deque[Any] = deque()
+        for start in range(0, t.shape[0], t.rows_per_read):
+            pending.append(pool.submit(partial(_encode_rows, t, recipe, start)))
+            if len(pending) > 2 * (os.cpu_count() or 1):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _encode_rows(t: Stored, recipe: Recipe, start: int) -> _Encoded:
+    rows = t.rows(start, min(start + t.rows_per_read, t.shape[0]))
+    if isinstance(rows, QTensor):
+        return rows.codes, rows.pack().reshape(-1).data, rows.scales
+    if recipe.block is not None:
+        q = rtn(rows, bits=recipe.bits, block=recipe.block)
+        return rows, q.pack().reshape(-1).data, q.scales
+    if recipe.bits == 16:
+        if np.abs(rows).max() > np.finfo(np.float16).max:
+            raise QuantizeError(f"{t.name} holds {np.abs(rows).max():g}, beyond float16: use --override '{t.name}=32'")
+        return rows, rows.astype("<f2").reshape(-1).view(np.uint8).data, None
+    return rows, rows.reshape(-1).view(np.uint8).data, None
+
+
+def with_path(written: Written, path: Path) -> Written:
+    """The same, found elsewhere."""
+    return replace(written, path=path)

@@ -1,0 +1,1 @@
+"""Targets: one F each, and writing its files."""

@@ -1,0 +1,503 @@
+"""ONNX: F that records. Each operation appends a node; running a model's step once writes the graph.
+
+The graph is for onnxruntime. Weights stay outside it, in one file that several graphs share.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ExportError
+from ..models import model_of
+from ..qtensor import Plan, Recipe, packed_bytes
+from ..spec import Shape, Spec
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 21
+MIN_ONNXRUNTIME = "1.25.1"  # the first wheels with com.microsoft.LinearAttention
+WKV_FORMS = {
+    "attention": ("linear_attention", 256),  # onnxruntime's operator: the fastest
+    "plain": ("chunk", 64),  # plain operations only
+    "step": ("step", 1),  # plain operations, one token a call
+}
+_PAGE, _LINE = 4096, 64
+
+Part = tuple[str, str]  # a tensor's name, and "data" or "scales"
+
+
+# --- where every tensor lies in the weights file ---
+
+
+@dataclass(frozen=True)
+class Place:
+    offset: int
+    nbytes: int
+
+
+class Layout:
+    """Places in one weights file, in the order in which the first graph reads them.
+
+    Tensors that an operation takes together (the six mu of a layer) lie side by side, so that one initializer of the
+    graph spans them while each keeps its own place.
+    """
+
+    def __init__(self, spec: Spec, plan: Plan) -> None:
+        self.spec, self.plan = spec, plan
+        self.places: dict[Part, Place] = {}
+        self.end = 0
+
+    def place(self, parts: Sequence[Part]) -> Place:
+        """Give the place of these parts, side by side; decide it if it is the first time."""
+        sizes = [self._nbytes(part) for part in parts]
+        if parts[0] not in self.places:
+            total = sum(sizes)
+            unit = _PAGE if total >= _PAGE else _LINE
+            at = -(-self.end // unit) * unit
+            for part, size in zip(parts, sizes, strict=True):
+                self.places[part] = Place(at, size)
+                at += size
+            self.end = at
+        first = self.places[parts[0]].offset
+        assert [self.places[p].offset for p in parts] == [first + sum(sizes[:i]) for i in range(len(sizes))], parts
+        return Place(first, sum(sizes))
+
+    def _nbytes(self, part: Part) -> int:
+        (name, what), shape = part, self.spec.weights[part[0]].shape
+        recipe = self.plan[name]
+        if recipe.block is None:
+            return recipe.nbytes(shape)
+        return packed_bytes(shape, recipe.bits, recipe.block)[what == "scales"]
+
+
+# --- the graph while it is recorded ---
+
+
+class Value:
+    """A traced tensor.
+
+    form  "tokens"  (1, T, C) or whatever the operation gives
+          "packed"  means (1, T, H, N) but is still (1, T, C): what goes by element needs no reshape
+          "split"   is (1, T, H, N)
+          "column"  is (1, T, H, 1)
+    """
+
+    __array_ufunc__ = None  # or numpy would swallow `array + value`
+
+    def __init__(self, f: "Onnx", name: str, form: str = "tokens") -> None:
+        self.f, self.name, self.form = f, name, form
+
+    def __add__(self, other: Any) -> "Value":
+        return self.f.binary("Add", self, other)
+
+    def __radd__(self, other: Any) -> "Value":
+        return self.f.binary("Add", other, self)
+
+    def __sub__(self, other: Any) -> "Value":
+        return self.f.binary("Sub", self, other)
+
+    def __rsub__(self, other: Any) -> "Value":
+        return self.f.binary("Sub", other, self)
+
+    def __mul__(self, other: Any) -> "Value":
+        return self.f.binary("Mul", self, other)
+
+    def __rmul__(self, other: Any) -> "Value":
+        return self.f.binary("Mul", other, self)
+
+    def __matmul__(self, other: Any) -> "Value":
+        return self.f.node("MatMul", self, other)
+
+    def __neg__(self) -> "Value":
+        return self.f.node("Neg", self, form=self.form)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A weight by its name: becomes an initializer when an operation takes it."""
+
+    name: str
+    shape: Shape
+    recipe: Recipe
+
+    __array_ufunc__ = None
+
+
+@dataclass
+class _Recording:
+    """What will be the GraphProto."""
+
+    nodes: list[tuple[str, str, list[str], list[str], dict[str, Any]]] = field(default_factory=list)
+    external: dict[str, tuple[str, Shape, Place]] = field(default_factory=dict)
+    inline: dict[str, tuple[str, Shape, tuple[float | int, ...]]] = field(default_factory=dict)
+
+
+class Onnx:
+    """Record operations as nodes.  Operations, their meaning and their shapes: rwkv_edge.ops.Numpy.
+
+    The same operation on the same values is recorded once, so what layers share (masks, zeros) costs one node.
+
+    exact  compute quantized matrix products in float32; otherwise activations are rounded to 8 bits in blocks, which
+           is what makes them fast
+    """
+
+    def __init__(self, spec: Spec, layout: Layout, wkv: str, *, exact: bool) -> None:
+        self.wkv_form, self.max_tokens = WKV_FORMS[wkv]
+        self.layout, self.exact = layout, exact
+        self.C, self.H, self.N, self.V = spec.n_embd, spec.n_head, spec.head_size, spec.n_vocab
+        self.g = _Recording()
+        self._memo: dict[Any, list[Value]] = {}
+
+    # --- recording ---
+
+    def node(self, op: str, *inputs: Any, form: str = "tokens", name: str | None = None, **attributes: Any) -> Value:
+        return self.nodes(op, *inputs, n=1, form=form, name=name, **attributes)[0]
+
+    def nodes(
+        self, op: str, *inputs: Any, n: int, form: str = "tokens", name: str | None = None, **attributes: Any
+    ) -> list[Value]:
+        names = ["" if x is None else self.value(x).name for x in inputs]
+        key = (op, tuple(names), n, repr(sorted(attributes.items())))
+        if key not in self._memo:
+            name = name or f"{op}_{len(self.g.nodes)}"
+            outputs = [name] if n == 1 else [f"{name}.{i}" for i in range(n)]
+            self.g.nodes.append((op, name, names, outputs, attributes))
+            self._memo[key] = [Value(self, o, form) for o in outputs]
+        return self._memo[key]
+
+    def value(self, x: Any) -> Value:
+        if isinstance(x, Parameter):
+            return self.vector(x)
+        return x if isinstance(x, Value) else self.constant((float(x),), ())
+
+    def constant(self, values: Sequence[float | int], shape: Shape | None = None) -> Value:
+        """A small constant inside the graph: floats, or int64."""
+        dtype = "F32" if isinstance(values[0], float) else "I64"
+        shape = (len(values),) if shape is None else shape
+        name = f"{dtype}{list(shape)}{list(values)}" if len(values) <= 8 else f"{dtype}{list(shape)}_{len(self.g.inline)}"
+        for known, content in self.g.inline.items():
+            if content == (dtype, shape, tuple(values)):
+                return Value(self, known)
+        self.g.inline[name] = (dtype, shape, tuple(values))
+        return Value(self, name)
+
+    def weight(self, name: str, dtype: str, shape: Shape, *parts: Part) -> Value:
+        """An initializer over these parts of the weights file."""
+        self.g.external[name] = (dtype, shape, self.layout.place(parts))
+        return Value(self, name)
+
+    def vector(self, *ps: Parameter, shape: Shape | None = None) -> Value:
+        name = ps[0].name if len(ps) == 1 else f"{ps[0].name}+{len(ps) - 1}"
+        shape = shape or ps[0].shape
+        return self.weight(name, "F32", shape, *((p.name, "data") for p in ps))
+
+    def binary(self, op: str, x: Any, y: Any) -> Value:
+        a, b = (self.head_vector(z) if isinstance(z, Parameter) else self.value(z) for z in (x, y))
+        if "column" in (a.form, b.form):
+            a, b = (z if z.form == "column" else self.split(z) for z in (a, b))
+            return self.node(op, a, b, form="split")
+        if {a.form, b.form} == {"packed", "split"}:
+            a, b = self.pack(a), self.pack(b)
+        return self.node(op, a, b, form=b.form if a.form == "tokens" else a.form)
+
+    def head_vector(self, p: Parameter) -> Value:
+        """Vectors, and those by heads (H, N), as (C,): packed values take them as they are."""
+        return self.vector(p, shape=(self.C,)) if len(p.shape) == 2 else self.vector(p)
+
+    def reshape(self, x: Value, *shape: int, form: str = "tokens") -> Value:
+        return self.node("Reshape", x, self.constant(shape), form=form)
+
+    def slice(self, x: Value, start: int | Value, stop: int | Value, axis: int, form: str = "tokens") -> Value:
+        ends = [e if isinstance(e, Value) else self.constant((e,)) for e in (start, stop)]
+        return self.node("Slice", x, *ends, self.constant((axis,)), form=form)
+
+    # --- matrices ---
+
+    def embed(self, W: Parameter, tokens: Value) -> Value:
+        indices = self.reshape(tokens, 1, -1)
+        if W.recipe.block:
+            codes = self.weight(W.name, "U8", W.shape, (W.name, "data"))
+            scales = self._scales(W)
+            return self.node(
+                "GatherBlockQuantized", codes, indices, scales, bits=8, block_size=W.recipe.block, gather_axis=0, quantize_axis=1
+            )
+        if W.recipe.bits == 16:
+            return self.node("Cast", self.node("Gather", self._half(W), indices, axis=0), to=1)
+        return self.node("Gather", self.vector(W), indices, axis=0)
+
+    def linear(self, x: Value, W: Parameter, bias: Parameter | None = None) -> Value:
+        b = None if bias is None else self.vector(bias)
+        if W.recipe.block:
+            n_out, n_in = W.shape
+            bits, block = W.recipe.bits, W.recipe.block
+            shape = (n_out, -(-n_in // block), block * bits // 8)
+            codes = self.weight(W.name, "U8", shape, (W.name, "data"))
+            inputs = [x, codes, self._scales(W)] + ([] if b is None else [None, None, b])
+            level = 0 if self.exact else 4
+            return self.node(
+                "MatMulNBits", *inputs, name=f"{W.name}/linear", K=n_in, N=n_out, bits=bits, block_size=block, accuracy_level=level
+            )
+        w = self.node("Cast", self._half(W), to=1) if W.recipe.bits == 16 else self.vector(W)
+        y = self.node("FusedMatMul", x, w, name=f"{W.name}/linear", transB=1)
+        return y if b is None else self.node("Add", y, b)
+
+    def _scales(self, W: Parameter) -> Value:
+        assert W.recipe.block
+        shape = (W.shape[0], -(-W.shape[1] // W.recipe.block))
+        return self.weight(f"{W.name}.scales", "F32", shape, (W.name, "scales"))
+
+    def _half(self, W: Parameter) -> Value:
+        return self.weight(W.name, "F16", W.shape, (W.name, "data"))
+
+    # --- along tokens ---
+
+    def token_shift(self, x: Value, x_last: Value) -> tuple[Value, Value]:
+        if self.max_tokens == 1:
+            return x_last, x
+        joined = self.node("Concat", x_last, x, axis=1)
+        return self.slice(joined, 0, -1, 1), self.slice(joined, -1, _INT64_MAX, 1)
+
+    def lerp(self, x: Value, p: Value, *mu: Parameter) -> tuple[Value, ...]:
+        d = self.node("Sub", p, x)
+        if len(mu) == 1:
+            return (self.node("Add", x, self.node("Mul", d, self.vector(mu[0]))),)
+        stacked = self.vector(*mu, shape=(len(mu), 1, self.C))  # one product for all of them
+        z = self.node("Add", x, self.node("Mul", d, stacked))
+        return tuple(self.nodes("Split", z, n=len(mu), axis=0, num_outputs=len(mu)))
+
+    def take_tokens(self, x: Value, positions: Value) -> Value:
+        return self.node("Gather", x, positions, axis=1)
+
+    def rows(self, x: Value) -> Value:
+        return self.reshape(x, -1, self.V)
+
+    # --- by element ---
+
+    def sigmoid(self, x: Value) -> Value:
+        return self.node("Sigmoid", x, form=x.form)
+
+    def tanh(self, x: Value) -> Value:
+        return self.node("Tanh", x, form=x.form)
+
+    def exp(self, x: Value) -> Value:
+        return self.node("Exp", x, form=x.form)
+
+    def log(self, x: Value) -> Value:
+        return self.node("Log", x, form=x.form)
+
+    def maximum(self, x: Value, floor: float) -> Value:
+        return self.node("Max", x, floor, form=x.form)
+
+    def relu_squared(self, x: Value) -> Value:
+        x = self.node("Relu", x)
+        return self.node("Mul", x, x)
+
+    def fill_like(self, x: Value, value: float) -> Value:
+        return self._for_each_token((value,), self.C)
+
+    def _for_each_token(self, values: Sequence[float], width: int) -> Value:
+        """These values for every token: (1, T, width)."""
+        shape = self.node("Concat", self.constant((1,)), self.node("Shape", self.tokens), self.constant((width,)), axis=0)
+        return self.node("Expand", self.constant(tuple(values), (1, 1, len(values))), shape, form="packed")
+
+    # --- norms ---
+
+    def layer_norm(self, x: Value, weight: Parameter, bias: Parameter, *, eps: float) -> Value:
+        return self.node("LayerNormalization", x, self.vector(weight), self.vector(bias), axis=-1, epsilon=eps)
+
+    def head_norm(self, x: Value, weight: Parameter, bias: Parameter, *, eps: float) -> Value:
+        shape = (self.H, self.N)
+        w, b = self.vector(weight, shape=shape), self.vector(bias, shape=shape)
+        return self.node("LayerNormalization", self.split(x), w, b, axis=-1, epsilon=eps, form="split")
+
+    def l2_normalize(self, x: Value, *, eps: float) -> Value:
+        x = self.split(x)
+        norm = self.node("ReduceL2", x, self.constant((-1,)), keepdims=1)
+        return self.node("Div", x, self.node("Max", norm, eps), form="split")
+
+    def sum(self, x: Value) -> Value:
+        return self.node("ReduceSum", self.split(x), self.constant((-1,)), keepdims=1, form="column")
+
+    # --- by heads ---
+
+    def heads(self, x: Value) -> Value:
+        return Value(self, x.name, "packed")
+
+    def split(self, x: Value) -> Value:
+        return x if x.form == "split" else self.reshape(x, 1, -1, self.H, self.N, form="split")
+
+    def pack(self, x: Value) -> Value:
+        return x if x.form == "packed" else self.reshape(x, 1, -1, self.C, form="packed")
+
+    def merge_heads(self, x: Value) -> Value:
+        return Value(self, self.pack(x).name)
+
+    def heads_first(self, x: Value) -> Value:
+        if x.form == "tokens":  # (1, H, T, N), from here
+            return self.node("Transpose", x, perm=[0, 2, 1, 3], form="split")
+        return self.node("Transpose", self.split(x), perm=[0, 2, 1, 3])
+
+    # --- the WKV, step by step: one token a call ---
+
+    def each_token(self, one: Callable[..., tuple[Value, Value]], S: Value, *xs: Value) -> tuple[Value, Value]:
+        y, S = one(S, *xs)
+        return self.reshape(y, 1, 1, self.H, self.N, form="split"), S
+
+    def row(self, x: Value) -> Value:
+        return self.reshape(x, 1, self.H, 1, self.N)
+
+    def col(self, x: Value) -> Value:
+        return self.reshape(x, 1, self.H, self.N, 1)
+
+    # --- the WKV, in chunks: (1, H, T, N) ---
+
+    def transpose(self, x: Value) -> Value:
+        return self.node("Transpose", x, perm=[0, 1, 3, 2])
+
+    def cumsum(self, x: Value) -> Value:
+        return self.node("CumSum", x, self.constant((2,), ()))
+
+    def last_token(self, x: Value) -> Value:
+        return self.slice(x, -1, _INT64_MAX, 2)
+
+    def tril(self, x: Value, k: int) -> Value:
+        return self.node("Mul", x, self._mask(lambda i, j: j - i <= k))
+
+    def invert_unit_lower(self, A: Value) -> Value:
+        X, s = self._mask(lambda i, j: i == j), 1
+        while s < self.max_tokens:
+            join = self._mask(lambda i, j, s=s: i // (2 * s) == j // (2 * s) and i // s > j // s)
+            X = self.node("Sub", X, self.node("MatMul", self.node("MatMul", X, self.node("Mul", A, join)), X))
+            s *= 2
+        return X
+
+    def _mask(self, where: Callable[[int, int], bool]) -> Value:
+        """Ones where the condition on row and column holds, (T, T): cropped from the largest."""
+        n = range(self.max_tokens)
+        whole = self.constant([float(where(i, j)) for i in n for j in n], (len(n), len(n)))
+        T = self.node("Shape", self.tokens)
+        return self.slice(self.slice(whole, 0, T, 0), 0, T, 1)
+
+    # --- the WKV, as linear attention ---
+
+    def interleave(self, x: Value, y: Value) -> Value:
+        return self.reshape(self.node("Concat", self.pack(x), self.pack(y), axis=2), 1, -1, self.C, form="packed")
+
+    def every_second(self, x: Value) -> Value:
+        return self.slice(self.reshape(x, 1, -1, 2 * self.C), self.C, _INT64_MAX, 2, form="packed")
+
+    def gated_delta(
+        self, S: Value, *, query: Value, key: Value, value: Value, log_decay: Value, beta: tuple[float, float]
+    ) -> tuple[Value, Value]:
+        b = self.reshape(self._for_each_token(beta, 2), 1, -1, 1)
+        y, S = self.nodes(
+            "LinearAttention",
+            *(query, key, value, S, log_decay, b),
+            n=2,
+            q_num_heads=self.H,
+            kv_num_heads=self.H,
+            scale=1.0,
+            update_rule="gated_delta",
+        )
+        return Value(self, y.name, "packed"), S
+
+    tokens: Value  # the graph's input, set by `trace`
+
+
+_INT64_MAX = (1 << 63) - 1
+_CONTRIB = {"MatMulNBits", "GatherBlockQuantized", "FusedMatMul", "LinearAttention"}
+
+
+# --- from a spec to a file ---
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced step: the file's bytes, and what a manifest says of them."""
+
+    data: bytes
+    about: Mapping[str, Any]
+
+
+def trace(spec: Spec, plan: Plan, layout: Layout, *, wkv: str, exact: bool, weights_file: str) -> Graph:
+    """Record one step of a model as an ONNX graph over `weights_file`, whose layout is filled in.
+
+    The same spec and plan give the same bytes, in any process.
+
+    Raises  ExportError if the onnx package is missing.
+    """
+    try:
+        import onnx
+        from onnx import TensorProto, helper
+    except ImportError as e:
+        raise ExportError("exporting needs the onnx package: pip install 'rwkv-edge[export]'") from e
+    f = Onnx(spec, layout, wkv, exact=exact)
+    C, H, N = spec.n_embd, spec.n_head, spec.head_size
+    W = {name: Parameter(name, w.shape, plan[name]) for name, w in spec.weights.items()}
+    state_shapes = {n: (1, H, N, N) if len(t.shape) == 3 else (1, 1, C) for n, t in spec.state_tensors.items()}
+
+    f.tokens, positions = Value(f, "tokens"), Value(f, "positions")
+    state = {name: Value(f, f"state.{name}") for name in state_shapes}
+    logits, new = model_of(spec.version).step(f, W, spec, f.tokens, positions, state)
+
+    names = {logits.name: "logits"} | {new[name].name: f"state.{name}.out" for name in state_shapes}
+    assert len(names) == 1 + len(new), "an output is used twice"
+
+    def rename(values: list[str]) -> list[str]:
+        return [names.get(v, v) for v in values]
+
+    T: str | int = 1 if f.max_tokens == 1 else "T"
+    layout_of_wkv = "key,value" if f.wkv_form == "linear_attention" else "value,key"
+
+    def about(name: str, dtype: str, shape: Sequence[str | int]) -> dict[str, Any]:
+        said: dict[str, Any] = {"name": name, "dtype": dtype, "shape": list(shape)}
+        return said | {"layout": layout_of_wkv} if ".wkv" in name else said
+
+    inputs = [about("tokens", "int64", [T]), about("positions", "int64", ["P"])]
+    inputs += [about(f"state.{n}", "float32", s) for n, s in state_shapes.items()]
+    outputs = [about("logits", "float32", ["P", spec.n_vocab])]
+    outputs += [about(f"state.{n}.out", "float32", s) for n, s in state_shapes.items()]
+
+    types = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
+    dtypes = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorProto.UINT8, "I64": TensorProto.INT64}
+
+    def info(v: dict[str, Any]) -> "onnx.ValueInfoProto":
+        return helper.make_tensor_value_info(v["name"], types[v["dtype"]], v["shape"])
+
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                op, rename(ins), rename(outs), name=name, domain="com.microsoft" if op in _CONTRIB else "", **attributes
+            )
+            for op, name, ins, outs, attributes in f.g.nodes
+        ],
+        "rwkv_step",
+        [info(v) for v in inputs],
+        [info(v) for v in outputs],
+        [helper.make_tensor(n, dtypes[d], s, vals) for n, (d, s, vals) in f.g.inline.items()]
+        + [_external(onnx, n, dtypes[d], s, at, weights_file) for n, (d, s, at) in f.g.external.items()],
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="rwkv-edge")
+    quantized = any(r.block for r in plan.values())
+    return Graph(
+        model.SerializeToString(deterministic=True),
+        {
+            "target": "onnx",
+            "profile": "cpu",
+            "wkv": wkv,
+            "T": f.max_tokens,
+            "arithmetic": "int8 activations" if quantized and not exact else "exact",
+            "inputs": inputs,
+            "outputs": outputs,
+            "needs": {"onnxruntime": MIN_ONNXRUNTIME},
+        },
+    )
+
+
+def _external(onnx: Any, name: str, dtype: int, shape: Shape, place: Place, file: str) -> "onnx.TensorProto":
+    t = onnx.TensorProto(name=name, data_type=dtype, dims=shape, data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in (("location", file), ("offset", place.offset), ("length", place.nbytes)):
+        t.external_data.add(key=key, value=str(value))
+    return t

@@ -1,0 +1,178 @@
+"""Tensors inside files, read in row blocks; and outputs that appear whole or not at all."""
+
+import contextlib
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import CheckpointError, OutputError
+from .qtensor import BLOCKS, Array, QTensor
+from .spec import Shape
+
+# by safetensors' names; bfloat16 is read as its 16 bits and widened
+DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "U8": np.dtype("u1")}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One array in row order at a place in a file."""
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Read some rows, holding nothing else; bfloat16 becomes float32.
+
+        Raises  CheckpointError if the file ends before them or cannot be read.
+        """
+        dtype, n_row = DTYPES[self.dtype], math.prod(self.shape[1:])
+        out = np.empty((stop - start, *self.shape[1:]), dtype)
+        try:
+            with open(self.path, "rb", buffering=0) as f:
+                f.seek(self.offset + start * n_row * dtype.itemsize)
+                view, done = memoryview(out.reshape(-1)).cast("B"), 0
+                while done < len(view):  # one read gives at most 2 GiB
+                    n = f.readinto(view[done:])
+                    if not n:
+                        raise CheckpointError(f"{self.path} is cut short: it ends inside a tensor. Download it again")
+                    done += n
+        except OSError as e:
+            raise CheckpointError(f"cannot read {self.path}: {e.strerror}") from e
+        if self.dtype == "BF16":
+            return (out.astype(np.uint32) << 16).view(np.float32)
+        return out
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as it lies in a file: floats, or packed codes with their scales in a second place.
+
+    shape       canonical: matrices are (outputs, inputs), nothing else has an axis of one
+    transposed  the file has the inputs first
+    block       of a quantized matrix, weights along the inputs that share a scale
+    """
+
+    name: str
+    shape: Shape
+    data: Record
+    transposed: bool = False
+    bits: int = 32
+    block: int | None = None
+    scales: Record | None = None
+    method: str | None = None
+
+    def validate(self) -> None:
+        """Check that the places hold what the shape, bits and block need.
+
+        Raises  CheckpointError if they do not.
+        """
+        if self.block is None or self.scales is None:
+            expected, dtypes = [(self.data, self.shape)], ("F32", "F16", "BF16")
+        else:
+            if self.bits not in (4, 8) or self.block not in BLOCKS or len(self.shape) != 2:
+                raise CheckpointError(f"{self.name}: {self.bits} bits in blocks of {self.block} is not a known packing")
+            n_blocks = -(-self.shape[1] // self.block)
+            packed = (self.shape[0], n_blocks, self.block * self.bits // 8)
+            expected, dtypes = [(self.data, packed), (self.scales, (self.shape[0], n_blocks))], ("U8", "F32")
+        for record, shape in expected:
+            if record.shape != shape or record.dtype not in dtypes:
+                raise CheckpointError(f"{self.name}: found {record.dtype} {record.shape}, expected {dtypes[0]} {shape}")
+
+    def read(self) -> Array | QTensor:
+        """Read the whole tensor."""
+        return self.rows(0, self.shape[0])
+
+    def rows(self, start: int, stop: int) -> Array | QTensor:
+        """Read rows start to stop, floats as float32.
+
+        Raises  CheckpointError if one of them is not a finite number.
+        """
+        if self.block is not None and self.scales is not None:
+            packed, scales = self.data.rows(start, stop), self.scales.rows(start, stop)
+            return QTensor.unpack(packed, scales, bits=self.bits, block=self.block, n_in=self.shape[1])
+        if self.transposed:  # low-rank factors only: small
+            x = self.data.rows(0, self.data.shape[0]).T[start:stop]
+        else:
+            x = self.data.rows(start, stop)
+        x = np.ascontiguousarray(x, np.float32)
+        if not np.isfinite(x).all():
+            at = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+            at = (at[0] + start, *at[1:])
+            raise CheckpointError(
+                f"{self.name} holds a {x[(at[0] - start, *at[1:])]} at {list(at)}: the file is damaged or the training diverged"
+            )
+        return x
+
+    @property
+    def rows_per_read(self) -> int:
+        """A block of rows that is worth a read and small in memory: a million weights."""
+        if self.transposed or len(self.shape) == 1:
+            return self.shape[0]
+        return max(1, (1 << 20) // math.prod(self.shape[1:]))
+
+
+@contextlib.contextmanager
+def new_file(path: Path, *, force: bool) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write a file to; it takes the name `path` only when all went well.
+
+    Raises  OutputError if `path` exists and not `force`, or if writing fails; then nothing is left behind.
+    """
+    with _new(path, force=force, kind="file") as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, *, force: bool, marker: str) -> Iterator[Path]:
+    """The same for a folder. With `force`, an existing folder is replaced only if it is empty or holds `marker`."""
+    with _new(path, force=force, kind=marker) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+@contextlib.contextmanager
+def _new(path: Path, *, force: bool, kind: str) -> Iterator[Path]:
+    path = Path(os.path.abspath(path))
+    if path.is_symlink() or path.exists():
+        if not force:
+            raise OutputError(f"{path} exists: choose another output, or --force to replace it")
+        if path.is_dir() and kind == "file":
+            raise OutputError(f"{path} is a folder: choose another output")
+        if kind != "file" and not path.is_dir():
+            raise OutputError(f"{path} is a file, not a bundle: choose another output")
+        if kind != "file" and any(path.iterdir()) and not (path / kind).is_file():
+            raise OutputError(f"{path} holds no {kind}, so it is no bundle and will not be replaced")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent} is not a folder: create it first")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        for file in sorted(temporary.iterdir()) if temporary.is_dir() else [temporary]:
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        if path.is_dir():  # a folder cannot be replaced in one step: set the old one aside
+            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(aside)
+            temporary.rename(path)
+            shutil.rmtree(aside)
+        else:
+            os.replace(temporary, path)
+    except OSError as e:
+        raise OutputError(f"cannot write {path}: {e.strerror}. Nothing was left behind") from e
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,201 @@
+"""F: the operations that an RWKV step is written in, and their meaning in numpy.
+
+A model file calls these and the operators + - * @ on whatever they return. `Numpy` computes: it is the reference that
+every other target is held against. An exporter has the same methods, and records instead.
+
+T tokens, C channels, H heads of N channels; activations are (1, T, C), by heads (1, T, H, N).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .qtensor import QTensor
+
+Array = npt.NDArray[Any]
+Matrix = Array | QTensor
+
+
+class Numpy:
+    """Compute every operation at once, in float32 or, as an oracle, in float64.
+
+    n_head    heads, for the operations that split channels by heads
+    wkv_form  "step", "chunk" or "linear_attention": which of a model's forms of the WKV to run
+    """
+
+    def __init__(self, n_head: int, wkv_form: str = "step", dtype: npt.DTypeLike = np.float32) -> None:
+        self.n_head, self.wkv_form, self.dtype = n_head, wkv_form, np.dtype(dtype)
+
+    def _matrix(self, W: Matrix) -> Array:
+        return (W.dequantize() if isinstance(W, QTensor) else W).astype(self.dtype, copy=False)
+
+    # --- matrices ---
+
+    def embed(self, W: Matrix, tokens: Array) -> Array:
+        """Give each token its row of W: (V, C), (T,) -> (1, T, C)."""
+        if isinstance(W, QTensor):
+            W = QTensor(W.codes[tokens], W.scales[tokens], W.bits, W.block).dequantize()
+            return W.astype(self.dtype)[None]
+        return W[tokens].astype(self.dtype)[None]
+
+    def linear(self, x: Array, W: Matrix, bias: Array | None = None) -> Array:
+        """x W^T (+ bias): (1, T, I), (O, I) -> (1, T, O)."""
+        y = x @ self._matrix(W).T
+        return y if bias is None else y + bias
+
+    # --- along tokens ---
+
+    def token_shift(self, x: Array, x_last: Array) -> tuple[Array, Array]:
+        """Give for every token the one before it, and the last token for the next call; x_last (1, 1, C)."""
+        return np.concatenate([x_last, x[:, :-1]], axis=1), x[:, -1:]
+
+    def lerp(self, x: Array, p: Array, *mu: Array) -> tuple[Array, ...]:
+        """x + (p - x) mu, once for every mu (C,)."""
+        d = p - x
+        return tuple(x + d * m for m in mu)
+
+    def take_tokens(self, x: Array, positions: Array) -> Array:
+        """Keep some tokens only: (1, T, C), (P,) -> (1, P, C)."""
+        return x[:, positions]
+
+    def rows(self, x: Array) -> Array:
+        """(1, P, V) -> (P, V)."""
+        return x[0]
+
+    # --- by element ---
+
+    def sigmoid(self, x: Array) -> Array:
+        """1 / (1 + exp(-x)), by way of tanh, which does not overflow."""
+        return np.tanh(x * 0.5) * 0.5 + 0.5
+
+    def tanh(self, x: Array) -> Array:
+        return np.tanh(x)
+
+    def exp(self, x: Array) -> Array:
+        return np.exp(x)
+
+    def log(self, x: Array) -> Array:
+        return np.log(x)
+
+    def maximum(self, x: Array, floor: float) -> Array:
+        return np.maximum(x, floor)
+
+    def relu_squared(self, x: Array) -> Array:
+        """max(x, 0)^2."""
+        return np.maximum(x, 0) ** 2
+
+    def fill_like(self, x: Array, value: float) -> Array:
+        """One number in the shape of x."""
+        return np.full_like(x, value)
+
+    # --- norms ---
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
+        """(x - mean) / sqrt(variance + eps) weight + bias, over the last axis."""
+        d = x - x.mean(-1, keepdims=True)
+        return d / np.sqrt((d * d).mean(-1, keepdims=True) + eps) * weight + bias
+
+    def head_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
+        """Layer norm of every head on its own: (1, T, H, N), with weight and bias (C,)."""
+        return self.layer_norm(x, weight.reshape(self.n_head, -1), bias.reshape(self.n_head, -1), eps=eps)
+
+    def l2_normalize(self, x: Array, *, eps: float) -> Array:
+        """x / max(|x|, eps), over the last axis."""
+        return x / np.maximum(np.sqrt((x * x).sum(-1, keepdims=True)), eps)
+
+    def sum(self, x: Array) -> Array:
+        """Sum over the last axis, which stays as 1."""
+        return x.sum(-1, keepdims=True)
+
+    # --- by heads ---
+
+    def heads(self, x: Array) -> Array:
+        """(1, T, C) -> (1, T, H, N)."""
+        return x.reshape(1, x.shape[1], self.n_head, -1)
+
+    def merge_heads(self, x: Array) -> Array:
+        """(1, T, H, N) -> (1, T, C)."""
+        return x.reshape(1, x.shape[1], -1)
+
+    def heads_first(self, x: Array) -> Array:
+        """(1, T, H, N) -> (1, H, T, N), and back."""
+        return x.swapaxes(1, 2)
+
+    # --- the WKV, step by step ---
+
+    def each_token(self, one: Callable[..., tuple[Array, Array]], S: Array, *xs: Array) -> tuple[Array, Array]:
+        """S, y_t = one(S, x_t ...) for every token t in turn: x (1, T, H, N); y (1, T, H, N) and the last S."""
+        ys = []
+        for t in range(xs[0].shape[1]):
+            y, S = one(S, *(x[:, t] for x in xs))
+            ys.append(y[..., 0])
+        return np.stack(ys, axis=1), S
+
+    def row(self, x: Array) -> Array:
+        """One token's heads as rows, (1, H, 1, N)."""
+        return x[:, :, None, :]
+
+    def col(self, x: Array) -> Array:
+        """One token's heads as columns, (1, H, N, 1)."""
+        return x[:, :, :, None]
+
+    # --- the WKV, in chunks: (1, H, T, N) ---
+
+    def transpose(self, x: Array) -> Array:
+        """Exchange the last two axes."""
+        return x.swapaxes(-1, -2)
+
+    def cumsum(self, x: Array) -> Array:
+        """Running sum over tokens."""
+        return x.cumsum(axis=2)
+
+    def last_token(self, x: Array) -> Array:
+        """(1, H, T, N) -> (1, H, 1, N)."""
+        return x[:, :, -1:]
+
+    def tril(self, x: Array, k: int) -> Array:
+        """Keep what lies on or below the k-th diagonal: (1, H, T, T)."""
+        return np.tril(x, k)
+
+    def invert_unit_lower(self, A: Array) -> Array:
+        """(I + A)^-1 for strictly lower triangular A, (1, H, T, T), by doubling the inverted diagonal blocks."""
+        T = A.shape[-1]
+        i = np.arange(T)
+        X = np.broadcast_to(np.eye(T, dtype=A.dtype), A.shape)
+        s = 1
+        while s < T:
+            # the blocks below the diagonal that join two inverted blocks of size s into one of size 2 s
+            join = (i[:, None] // (2 * s) == i // (2 * s)) & (i[:, None] // s > i // s)
+            X = X - X @ np.where(join, A, 0) @ X
+            s *= 2
+        return X
+
+    # --- the WKV, as linear attention ---
+
+    def interleave(self, x: Array, y: Array) -> Array:
+        """Two sub-steps for every token, x then y: (1, T, H, N) -> (1, 2 T, H, N)."""
+        return np.stack([x, y], axis=2).reshape(1, -1, *x.shape[2:])
+
+    def every_second(self, x: Array) -> Array:
+        """The second sub-step of every token: (1, 2 T, H, N) -> (1, T, H, N)."""
+        return x[:, 1::2]
+
+    def gated_delta(
+        self, S: Array, *, query: Array, key: Array, value: Array, log_decay: Array, beta: tuple[float, float]
+    ) -> tuple[Array, Array]:
+        """S <- D + beta key (value - D^T key)^T with D = diag(exp(log_decay)) S, y = S^T query, for every sub-step.
+
+        S     (1, H, N, N), [key, value]
+        beta  of the first and of the second sub-step of every token
+
+        Source  onnxruntime, docs/ContribOperators.md, com.microsoft.LinearAttention, update_rule gated_delta
+        """
+        ys = []
+        for t in range(query.shape[1]):
+            D = S * self.col(np.exp(log_decay[:, t]))
+            rest = self.row(value[:, t]) - self.row(key[:, t]) @ D
+            S = D + self.dtype.type(beta[t % 2]) * (self.col(key[:, t]) @ rest)
+            ys.append((self.row(query[:, t]) @ S)[:, :, 0])
+        return np.stack(ys, axis=1), S

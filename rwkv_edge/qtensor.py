@@ -1,0 +1,98 @@
+"""Quantized matrices: all that quantizers, exporters and the reference share."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.int8]
+Packed = npt.NDArray[np.uint8]
+
+BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits takes
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A matrix as small integers and one scale for every block of inputs: w = scale * code.
+
+    codes   (O, I) int8, from -2**(bits-1) to 2**(bits-1) - 1
+    scales  (O, ceil(I / block)) float32, of either sign
+    bits    4 or 8
+    block   weights along I that share one scale; the last one may be short
+    """
+
+    codes: Codes
+    scales: Array
+    bits: int
+    block: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n_out, n_in = self.codes.shape
+        return n_out, n_in
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed codes and the scales, as they lie on disk."""
+        return sum(packed_bytes(self.shape, self.bits, self.block))
+
+    def dequantize(self) -> Array:
+        """Give the weights that the codes stand for, (O, I) float32."""
+        scales = np.repeat(self.scales, self.block, axis=1)[:, : self.codes.shape[1]]
+        return np.multiply(self.codes, scales, dtype=np.float32)
+
+    def pack(self) -> Packed:
+        """Lay the codes out as onnxruntime's MatMulNBits reads them.
+
+        Returns  (O, blocks, block * bits / 8) uint8: codes + 2**(bits-1), two to a byte at 4 bits, the first in the low
+                 half; a short last block is filled with the code of zero
+        Source   onnxruntime, docs/ContribOperators.md, MatMulNBits
+        """
+        n_out, n_in = self.codes.shape
+        n_blocks = self.scales.shape[1]
+        zero = 1 << (self.bits - 1)
+        padded = np.full((n_out, n_blocks * self.block), zero, np.uint8)
+        np.add(self.codes, zero, out=padded[:, :n_in], dtype=np.int16, casting="unsafe")
+        if self.bits == 4:
+            padded = padded[:, 0::2] | padded[:, 1::2] << 4
+        return padded.reshape(n_out, n_blocks, -1)
+
+    @classmethod
+    def unpack(cls, packed: Packed, scales: Array, *, bits: int, block: int, n_in: int) -> "QTensor":
+        """Read what `pack` has written."""
+        flat = packed.reshape(packed.shape[0], -1)
+        if bits == 4:
+            flat = np.stack([flat & 15, flat >> 4], axis=-1).reshape(flat.shape[0], -1)
+        codes = (flat[:, :n_in].astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
+        return cls(codes, scales, bits, block)
+
+
+def packed_bytes(shape: tuple[int, ...], bits: int, block: int) -> tuple[int, int]:
+    """Bytes of the packed codes and of the scales of a (O, I) matrix."""
+    n_out, n_in = shape
+    n_blocks = -(-n_in // block)
+    return n_out * n_blocks * block * bits // 8, n_out * n_blocks * 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one tensor is stored: floats of 32 or 16 bits, or codes of 8 or 4 bits in blocks."""
+
+    bits: int
+    block: int | None = None
+    method: str | None = None
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of this shape, scales included."""
+        if self.block is not None:
+            return sum(packed_bytes(shape, self.bits, self.block))
+        return math.prod(shape) * self.bits // 8
+
+    def __str__(self) -> str:
+        return f"int{self.bits} block {self.block}" if self.block else f"fp{self.bits}"
+
+
+Plan = Mapping[str, Recipe]

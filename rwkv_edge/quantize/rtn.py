@@ -1,0 +1,68 @@
+"""Round to nearest, with the scale of every block searched for the least squared error."""
+
+import numpy as np
+
+from ..errors import QuantizeError
+from ..qtensor import BLOCKS, Array, QTensor
+
+# The code, not yet rounded, that a block's largest weight is tried at, for either sign of the scale. At 4 bits it often
+# pays to clip the largest weight, or to leave levels unused; at 8 bits it never does. A grid of 100 in place of these
+# six lowers the demo model's squared error by another 1.5 %, at ten times the time.
+_TRIED = {4: (-8.6, -8.0, -7.4, 6.6, 7.0, 7.6), 8: (-128.0, 127.0)}
+
+_IN_CACHE = 1 << 18  # weights worked on at once
+
+
+def rtn(w: Array, *, bits: int, block: int) -> QTensor:
+    """Round every block of weights to the nearest of 2**bits levels.
+
+    w      (O, I) float32; a short last block is allowed
+    bits   4 or 8
+    block  weights along I that share one scale: 16, 32, 64, 128 or 256
+
+    Error   the squared error of every block is at most that of scale = largest / (2**(bits-1) - 1), where no weight is
+            more than scale / 2 from its code.
+    Raises  QuantizeError if bits or block are not of these, or w has a NaN or an infinity.
+    """
+    if bits not in _TRIED or block not in BLOCKS:
+        raise QuantizeError(f"{bits} bits in blocks of {block}: expected 4 or 8 bits, blocks of {BLOCKS}")
+    if not np.isfinite(w).all():
+        raise QuantizeError("the weights hold a NaN or an infinity")
+    n_out, n_in = w.shape
+    n_blocks = -(-n_in // block)
+    x = np.zeros((n_out, n_blocks * block), np.float32) if n_in % block else np.ascontiguousarray(w, np.float32)
+    if n_in % block:
+        x[:, :n_in] = w
+    x = x.reshape(-1, block)
+    codes, scales = np.empty(x.shape, np.int8), np.empty(len(x), np.float32)
+    step = max(1, _IN_CACHE // block)
+    for i in range(0, len(x), step):
+        q, scales[i : i + step] = _blocks(np.ascontiguousarray(x[i : i + step].T), bits)
+        codes[i : i + step] = q.T
+    return QTensor(codes.reshape(n_out, -1)[:, :n_in], scales.reshape(n_out, n_blocks), bits, block)
+
+
+def _blocks(x: Array, bits: int) -> tuple[Array, Array]:
+    """Codes (as floats) and scales of blocks as columns, (block, n): numpy is fastest along long rows."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    top, bottom = x.max(axis=0), x.min(axis=0)
+    largest = np.where(top > -bottom, top, bottom)
+    largest[np.abs(largest) < 1e-30] = 1  # a block of zeros; its codes are zeros at any scale
+    q = np.empty_like(x)
+
+    def fit(inverse: Array) -> tuple[Array, Array]:
+        """Round x * inverse into q; the least-squares scale is <x, q> / <q, q>, the error |x|^2 - <x, q>^2 / <q, q>."""
+        np.multiply(x, inverse, out=q)
+        np.rint(q, out=q)
+        np.clip(q, low, high, out=q)
+        return np.einsum("ij,ij->j", x, q), np.maximum(np.einsum("ij,ij->j", q, q), 1)
+
+    best, chosen = np.full(x.shape[1], -1, np.float32), np.empty(x.shape[1], np.float32)
+    for level in _TRIED[bits]:
+        inverse = np.float32(level) / largest
+        xq, qq = fit(inverse)
+        score = np.abs(xq) / np.sqrt(qq)
+        better = score > best
+        best[better], chosen[better] = score[better], inverse[better]
+    xq, qq = fit(chosen)
+    return q, xq / qq

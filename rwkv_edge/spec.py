@@ -1,0 +1,82 @@
+"""What a model is, apart from its numbers: version, sizes, weights and state."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Shape = tuple[int, ...]
+
+# embedding   (V, C)   gathered, one row per token
+# head        (V, C)   the last matrix product
+# matrix      (O, I)   the layers' matrix products
+# low_rank    (O, I)   their low-rank factors: small, and more sensitive to rounding
+# vector               everything else: never quantized
+Kind = Literal["embedding", "head", "matrix", "low_rank", "vector"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the model in canonical layout: every matrix is (outputs, inputs)."""
+
+    shape: Shape
+    kind: Kind
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor that a layer carries from token to token."""
+
+    name: str
+    shape: Shape
+    first: float = 0.0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Version, sizes, weights and state of one model.
+
+    weights  canonical name -> Weight, in the order in which a step reads them
+    state    what one layer carries; a whole state has these once per layer
+    """
+
+    version: str
+    n_layer: int
+    n_embd: int
+    n_head: int
+    head_size: int
+    n_ffn: int
+    n_vocab: int
+    weights: Mapping[str, Weight]
+    state: tuple[StateTensor, ...]
+
+    @property
+    def sizes(self) -> dict[str, str | int]:
+        """The sizes that a manifest holds."""
+        return {
+            "version": self.version,
+            "n_layer": self.n_layer,
+            "n_embd": self.n_embd,
+            "n_head": self.n_head,
+            "head_size": self.head_size,
+            "n_ffn": self.n_ffn,
+            "n_vocab": self.n_vocab,
+        }
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(w.size for w in self.weights.values())
+
+    @property
+    def state_tensors(self) -> dict[str, StateTensor]:
+        """Every tensor of a whole state by its name, `{layer}.{tensor}`."""
+        return {f"{i}.{t.name}": t for i in range(self.n_layer) for t in self.state}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a whole state in float32."""
+        return 4 * self.n_layer * sum(math.prod(t.shape) for t in self.state)
