@@ -1,3 +1,51 @@
-"""Take an RWKV language model from its checkpoint to an app."""
+"""Take an RWKV language model from its checkpoint to an app.
+
+    from rwkv_edge import export, open_bundle
+
+    export("rwkv7-0.1b.pth", "rwkv7-0.1b-int4", quant="int4")
+    model = open_bundle("rwkv7-0.1b-int4")
+    for token in model.generate("Once upon a time", max_tokens=64):
+        print(token.text, end="")
+
+Nothing is loaded before it is used: importing this package imports neither numpy nor onnxruntime.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .check import check as check
+    from .convert import export as export
+    from .convert import quantize as quantize
+    from .errors import RwkvEdgeError as RwkvEdgeError
+    from .runtime import Generation as Generation
+    from .runtime import Model as Model
+    from .runtime import State as State
+    from .runtime import Token as Token
+    from .runtime import open_bundle as open_bundle
+
+_HOMES = {
+    "check": ".check",
+    "export": ".convert",
+    "quantize": ".convert",
+    "RwkvEdgeError": ".errors",
+    "Generation": ".runtime",
+    "Model": ".runtime",
+    "State": ".runtime",
+    "Token": ".runtime",
+    "open_bundle": ".runtime",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

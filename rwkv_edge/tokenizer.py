@@ -1,5 +1,6 @@
 """Text to token ids and back."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -38,39 +39,42 @@ class Tokenizer:
         text: str = self._t.decode(ids, skip_special_tokens=False)
         return text
 
-    def stream(self) -> "TextStream":
-        """Decode token by token."""
-        return TextStream(self)
+    def stream(self, after: Sequence[int] = ()) -> "TextStream":
+        """Decode token by token what comes after these ids."""
+        return TextStream(self, after)
+
+
+_WINDOW = 8  # ids that can still change how the next one reads: a character has at most four
 
 
 class TextStream:
     """Turn ids into text as they come, never splitting a character.
 
-    Text is decoded together with the tokens before it, because some tokenizers join neighbours; only the few ids since
-    the last whole character are kept.
+    Some tokenizers join neighbours, so an id is decoded together with a few before it; only those are kept.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._before: list[int] = []  # already shown
-        self._held: list[int] = []  # not yet shown: they end inside a character
+        self._ids = list(after[-_WINDOW:])
+        self._shown = len(self._whole(self._ids))
 
     def push(self, token: int) -> str:
         """Take one more id and give the text that is now whole, which may be empty."""
-        self._held.append(token)
-        text = self._new_text()
-        # a UTF-8 character has at most four bytes: what four more tokens have not mended is not the start of one
-        if text.endswith("\ufffd") and len(self._held) < 4:
-            return ""
-        self._before, self._held = self._held, []
-        return text
+        self._ids.append(token)
+        text = self._whole(self._ids)
+        new = text[self._shown :]
+        self._shown = len(text)
+        if len(self._ids) > 2 * _WINDOW:
+            self._ids = self._ids[-_WINDOW:]
+            self._shown = len(self._whole(self._ids))
+        return new
 
     def finish(self) -> str:
-        """Give what is held back, with U+FFFD for an unfinished character."""
-        text = self._new_text()
-        self._before, self._held = [], []
-        return text
+        """Give what is held back: U+FFFD for an unfinished character."""
+        text = self._tokenizer.decode(self._ids)
+        new, self._shown = text[self._shown :], len(text)
+        return new
 
-    def _new_text(self) -> str:
-        shown = self._tokenizer.decode(self._before)
-        return self._tokenizer.decode(self._before + self._held)[len(shown) :]
+    def _whole(self, ids: list[int]) -> str:
+        """The text of ids, less a last character that more bytes could finish."""
+        return self._tokenizer.decode(ids).removesuffix("\ufffd")

@@ -5,10 +5,12 @@ import numpy as np
 from ..errors import QuantizeError
 from ..qtensor import BLOCKS, Array, QTensor
 
-# The code, not yet rounded, that a block's largest weight is tried at, for either sign of the scale. At 4 bits it often
-# pays to clip the largest weight, or to leave levels unused; at 8 bits it never does. A grid of 100 in place of these
-# six lowers the demo model's squared error by another 1.5 %, at ten times the time.
-_TRIED = {4: (-8.6, -8.0, -7.4, 6.6, 7.0, 7.6), 8: (-128.0, 127.0)}
+# The search for a block's scale at 4 bits: first the level, not yet rounded, that the largest weight is brought to, for
+# either sign of the scale (clipping it a little, or leaving levels unused, often pays); then factors around the best;
+# then the least-squares scale of its codes. That is within .1 % of the squared error of trying 100 levels, and takes a
+# seventh of the time. At 8 bits the largest weight goes to the last level and a search gains nothing.
+_LEVELS = {4: (-8.6, -8.0, -7.4, 6.6, 7.0, 7.6), 8: (-128.0, 127.0)}
+_NEAR = {4: (1.05, 0.95, 1.03, 0.97, 1.015, 0.985), 8: ()}
 
 _IN_CACHE = 1 << 18  # weights worked on at once
 
@@ -24,7 +26,7 @@ def rtn(w: Array, *, bits: int, block: int) -> QTensor:
             more than scale / 2 from its code.
     Raises  QuantizeError if bits or block are not of these, or w has a NaN or an infinity.
     """
-    if bits not in _TRIED or block not in BLOCKS:
+    if bits not in _LEVELS or block not in BLOCKS:
         raise QuantizeError(f"{bits} bits in blocks of {block}: expected 4 or 8 bits, blocks of {BLOCKS}")
     if not np.isfinite(w).all():
         raise QuantizeError("the weights hold a NaN or an infinity")
@@ -51,18 +53,25 @@ def _blocks(x: Array, bits: int) -> tuple[Array, Array]:
     q = np.empty_like(x)
 
     def fit(inverse: Array) -> tuple[Array, Array]:
-        """Round x * inverse into q; the least-squares scale is <x, q> / <q, q>, the error |x|^2 - <x, q>^2 / <q, q>."""
+        """Round x * inverse into q: least-squares scale <x, q> / <q, q>, squared error |x|^2 - <x, q>^2 / <q, q>."""
         np.multiply(x, inverse, out=q)
         np.rint(q, out=q)
         np.clip(q, low, high, out=q)
         return np.einsum("ij,ij->j", x, q), np.maximum(np.einsum("ij,ij->j", q, q), 1)
 
     best, chosen = np.full(x.shape[1], -1, np.float32), np.empty(x.shape[1], np.float32)
-    for level in _TRIED[bits]:
-        inverse = np.float32(level) / largest
+
+    def attempt(inverse: Array) -> None:
         xq, qq = fit(inverse)
         score = np.abs(xq) / np.sqrt(qq)
         better = score > best
         best[better], chosen[better] = score[better], inverse[better]
+
+    for level in _LEVELS[bits]:
+        attempt(np.float32(level) / largest)
+    for factor in _NEAR[bits]:
+        attempt(chosen * np.float32(factor))
+    xq, qq = fit(chosen)
+    attempt(np.divide(qq, xq, out=np.zeros_like(xq), where=xq != 0))
     xq, qq = fit(chosen)
     return q, xq / qq

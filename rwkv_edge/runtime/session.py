@@ -1,0 +1,267 @@
+"""A bundle that runs: onnxruntime loops the step."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle import Bundle, read_bundle
+from ..errors import BackendError, InputError, StateError
+from ..spec import Spec
+from ..tokenizer import Tokenizer
+from .sampling import Sampling
+from .state import State, load_state
+
+if TYPE_CHECKING:
+    from .generate import Generation
+
+Array = npt.NDArray[np.float32]
+Tokens = npt.NDArray[np.int64]
+
+
+def open_bundle(
+    path: str | Path, *, threads: int | None = None, spin: bool = True, verify: bool = True, role: str = "run"
+) -> "Model":
+    """Open a bundle to run it.
+
+    threads  for the matrix products; None takes every core
+    spin     let idle threads wait busily between products: faster, but it takes time from other programs
+    verify   compare every file's sha256 with the manifest (1.7 GB a second); leave out for your own installation
+    role     which of the bundle's graphs: "run", or "exact" where it has one
+
+    Raises  BundleError if the bundle is damaged, BackendError if onnxruntime cannot run it.
+    """
+    return Model(read_bundle(path, verify=verify), threads=threads, spin=spin, role=role)
+
+
+class Model:
+    """A bundle's graph in an onnxruntime session.  States may be shared between threads, and so may a model.
+
+    bundle     manifest, spec and tensors
+    tokenizer  of the bundle; None where it has none
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, spin: bool = True, role: str = "run") -> None:
+        self.bundle = bundle
+        self.spec = bundle.spec
+        about = bundle.manifest["tokenizer"]
+        self.tokenizer = Tokenizer(bundle.path / about["file"]) if about else None
+        self._end_of_text = about["end_of_text"] if about else None
+        self._graph = bundle.graph(role)
+        self._session = _session(bundle.path / self._graph["file"], self._graph["needs"], threads, spin)
+        self._lock = threading.Lock()
+        self._loop = Loop(self)
+
+    def feed(self, tokens: Sequence[int] | Tokens, state: State | None = None, *, every: bool = False) -> tuple[Array, State]:
+        """Read tokens on top of a state, or from the start.
+
+        Returns  the logits after the last token, float32 (V,), or after `every` one, (T, V); and the new state. Both
+                 are fresh; the state that went in is unchanged.
+        Raises   InputError if there are no tokens or one is out of range; StateError for another model's state.
+        """
+        ids = self.check_tokens(tokens)
+        with self._lock:
+            self._loop.load(state)
+            logits = self._loop.read(ids, every=every)
+            return logits.copy() if every else logits[-1].copy(), self._loop.state()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        state: State | None = None,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> "Generation":
+        """Read a prompt and continue it, token by token, as the result is iterated over.
+
+        prompt             text or token ids
+        max_tokens         None: until the end of text
+        temperature, top_p see Sampling; None takes the bundle's defaults
+        stop               texts that end the generation and are not part of it
+
+        Raises  InputError for an empty prompt or settings out of range; StateError for another model's state.
+        """
+        from .generate import Generation
+
+        defaults = self.bundle.manifest["sampling"]
+        sampling = Sampling(
+            defaults["temperature"] if temperature is None else temperature,
+            defaults["top_p"] if top_p is None else top_p,
+            seed,
+        )
+        ids = self.check_tokens(self.encode(prompt) if isinstance(prompt, str) else prompt)
+        return Generation(self, ids, state, max_tokens, sampling, stop, self._end_of_text)
+
+    def encode(self, text: str) -> list[int]:
+        """Give the token ids of a text.
+
+        Raises  InputError if the bundle has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InputError(f"{self.bundle.path} has no tokenizer: give token ids, or export with --tokenizer")
+        return self.tokenizer.encode(text)
+
+    def load_state(self, path: str | Path) -> State:
+        """Read a state file of this model.
+
+        Raises  StateError if it is missing, damaged, or of another model.
+        """
+        return load_state(path, model_id=self.bundle.model_id, spec=self.spec)
+
+    def check_tokens(self, tokens: Sequence[int] | Tokens) -> Tokens:
+        """Give tokens as an array; onnxruntime itself would take ids out of range in silence."""
+        try:
+            ids = np.asarray(tokens)
+        except ValueError as e:
+            raise InputError("tokens are not a flat list of whole numbers") from e
+        if ids.size == 0:
+            raise InputError("there are no tokens to read: give a prompt, if only the end-of-text token")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise InputError(f"tokens are not a flat list of whole numbers, but {ids.dtype} of shape {ids.shape}")
+        outside = ids[(ids < 0) | (ids >= self.spec.n_vocab)]
+        if len(outside):
+            raise InputError(f"token {int(outside[0])} is outside the vocabulary of 0 to {self.spec.n_vocab - 1}")
+        return ids.astype(np.int64)
+
+
+class Loop:
+    """Two private sets of state buffers that the step swaps, and the bindings of both directions."""
+
+    def __init__(self, model: Model) -> None:
+        import onnxruntime as ort
+
+        self._ort, self._model, self._spec = ort, model, model.spec
+        graph = model._graph
+        self._chunk: int = graph["T"]
+        self._key_first = {
+            i["name"].removeprefix("state."): i["layout"] == "key,value" for i in graph["inputs"] if "layout" in i
+        }
+        shapes = {i["name"]: tuple(i["shape"]) for i in graph["inputs"] if i["name"].startswith("state.")}
+        self._sets = [{name: np.empty(shape, np.float32) for name, shape in shapes.items()} for _ in range(2)]
+        self._bindings = []
+        for a, b in ((0, 1), (1, 0)):
+            binding = model._session.io_binding()
+            for name in shapes:
+                binding.bind_ortvalue_input(name, self._value(self._sets[a][name]))
+                binding.bind_ortvalue_output(f"{name}.out", self._value(self._sets[b][name]))
+            self._bindings.append(binding)
+        self._at = 0
+        self._n_tokens = 0
+        # decoding: bound once, used for every token
+        self._one = np.zeros(1, np.int64), np.zeros(1, np.int64), np.empty((1, self._spec.n_vocab), np.float32)
+        self._one_bound = [False, False]
+        self.load(None)
+
+    def _value(self, x: npt.NDArray[Any]) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(x)  # shares x's memory
+
+    def load(self, state: State | None) -> None:
+        """Begin from a state, or from the first one."""
+        if state is not None and state.model_id != self._model.bundle.model_id:
+            raise StateError(
+                f"the state belongs to another model ({state.model_id[:12]}), not to this one "
+                f"({self._model.bundle.model_id[:12]})"
+            )
+        self._n_tokens = 0 if state is None else state.n_tokens
+        for name, t in self._spec.state_tensors.items():
+            buffer = self._buffer(name)
+            buffer[...] = t.first if state is None else state.tensors[name]
+
+    def state(self) -> State:
+        """Copy the state out."""
+        tensors = {}
+        for name in self._spec.state_tensors:
+            x = self._buffer(name).copy(order="C")
+            x.setflags(write=False)
+            tensors[name] = x
+        return State(self._model.bundle.model_id, self._n_tokens, tensors)
+
+    def _buffer(self, name: str) -> Array:
+        """The current buffer as the state's document has it: a view."""
+        x = self._sets[self._at][f"state.{name}"]
+        if self._key_first.get(name):
+            x = x.swapaxes(-1, -2)
+        return x.reshape(self._spec.state_tensors[name].shape) if x.ndim != 4 else x[0]
+
+    def read(self, ids: Tokens, *, every: bool = False) -> Array:
+        """Read tokens in chunks.
+
+        Returns  logits (T, V) of every token, or (1, V) of the last; valid until the next call
+        """
+        parts = []
+        for i in range(0, len(ids), self._chunk):
+            chunk = ids[i : i + self._chunk]
+            logits = self._run(chunk, every)
+            if every:
+                parts.append(logits.copy())
+        return np.concatenate(parts) if every else logits
+
+    def step(self, token: int) -> Array:
+        """Read one token: its logits (V,), valid until the next call. Allocates nothing."""
+        tokens, _, logits = self._one
+        tokens[0] = token
+        binding = self._bindings[self._at]
+        if not self._one_bound[self._at]:
+            self._bind(binding, *self._one)
+            self._one_bound[self._at] = True
+        self._go(binding, 1)
+        return logits[0]
+
+    def _run(self, ids: Tokens, every: bool) -> Array:
+        n = len(ids)
+        positions = np.arange(n) if every else np.array([n - 1])
+        logits = np.empty((len(positions), self._spec.n_vocab), np.float32)
+        self._bind(self._bindings[self._at], np.ascontiguousarray(ids), positions, logits)
+        self._one_bound[self._at] = False
+        self._go(self._bindings[self._at], n)
+        return logits
+
+    def _bind(self, binding: Any, tokens: Tokens, positions: Tokens, logits: Array) -> None:
+        binding.bind_ortvalue_input("tokens", self._value(tokens))
+        binding.bind_ortvalue_input("positions", self._value(positions))
+        binding.bind_ortvalue_output("logits", self._value(logits))
+
+    def _go(self, binding: Any, n_tokens: int) -> None:
+        try:
+            self._model._session.run_with_iobinding(binding)
+        except Exception as e:  # onnxruntime's errors are of several unrelated classes
+            raise BackendError(f"onnxruntime failed: {_first_line(e)}") from e
+        self._at ^= 1
+        self._n_tokens += n_tokens
+
+
+def _session(file: Path, needs: Mapping[str, str], threads: int | None, spin: bool) -> Any:
+    try:
+        import onnxruntime as ort
+    except ImportError as e:
+        raise BackendError(f"onnxruntime cannot be imported ({e}): pip install onnxruntime") from e
+    if _version(ort.__version__) < _version(needs["onnxruntime"]):
+        raise BackendError(f"the bundle needs onnxruntime {needs['onnxruntime']}, this is {ort.__version__}: update it")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads {threads} is not possible: expected 1 or more")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    try:
+        return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime's errors are of several unrelated classes
+        raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {_first_line(e)}") from e
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split("+")[0].split(".")[:3] if n.isdigit())
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0]
+
+
+__all__ = ["Loop", "Model", "Spec", "open_bundle"]
