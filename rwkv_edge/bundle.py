@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, CheckpointError
-from .files import DTYPES, Record, Stored
+from .files import Record, Stored
 from .spec import Spec, StateTensor, Weight
 
 FORMAT = 1
@@ -55,7 +55,7 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     """
     path = Path(path)
     if not path.is_dir():
-        raise BundleError(f"{path} is {'not a folder' if path.exists() else 'not there'}: a bundle is a folder with a {MANIFEST}")
+        raise BundleError(f"{path} is not {'a folder' if path.exists() else 'there'}: a bundle is a folder with a {MANIFEST}")
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except FileNotFoundError as e:
@@ -65,9 +65,7 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise BundleError(f"{path / MANIFEST} is not a bundle's manifest: it states no format")
     if manifest["format"] > FORMAT:
-        raise BundleError(
-            f"{path} is of format {manifest['format']} and this release reads format {FORMAT}: update rwkv-edge"
-        )
+        raise BundleError(f"{path} is of format {manifest['format']} and this release reads format {FORMAT}: update rwkv-edge")
     try:
         bundle = _parse(path, manifest)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, CheckpointError) as e:

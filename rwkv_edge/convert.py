@@ -197,9 +197,7 @@ def _records(file: Path, shape: Shape, r: Recipe, data_at: int, scales_at: int) 
     return packed, Record(file, scales_at, "F32", (shape[0], n_blocks))
 
 
-def _write_tensors(
-    source: Checkpoint, plan: Plan, f: BinaryIO, layout: onnx.Layout | None, progress: Progress | None
-) -> str:
+def _write_tensors(source: Checkpoint, plan: Plan, f: BinaryIO, layout: onnx.Layout | None, progress: Progress | None) -> str:
     """Write every tensor, in blocks of rows, to its place or, without a layout, one after the other.
 
     Returns  the model's id

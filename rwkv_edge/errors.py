@@ -51,7 +51,7 @@ class BackendError(RwkvEdgeError):
     """What runs the graphs is not available on this machine, or it failed."""
 
 
-class CheckFailed(RwkvEdgeError):
+class CheckFailed(RwkvEdgeError):  # noqa: N818 (what happened, not a fault)
     """A bundle does not compute its own weights.
 
     report  rwkv_edge.check.Report: the numbers

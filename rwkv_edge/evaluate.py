@@ -21,7 +21,8 @@ def log_probabilities(model: Model, window: Sequence[int]) -> Array:
 
 def nll(log_p: Array, window: Sequence[int]) -> Array:
     """Negative log-likelihood (T - 1,) of what did come next, in nats."""
-    return -log_p[np.arange(len(window) - 1), np.asarray(window[1:])]
+    found: Array = -log_p[np.arange(len(window) - 1), np.asarray(window[1:])]
+    return found
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,12 @@ from .qtensor import BLOCKS, Array, QTensor
 from .spec import Shape
 
 # by safetensors' names; bfloat16 is read as its 16 bits and widened
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "U8": np.dtype("u1")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,11 @@ class Record:
         Raises  CheckpointError if the file ends before them or cannot be read.
         """
         dtype, n_row = DTYPES[self.dtype], math.prod(self.shape[1:])
-        out = np.empty((stop - start, *self.shape[1:]), dtype)
+        out: npt.NDArray[Any] = np.empty((stop - start, *self.shape[1:]), dtype)
         try:
             with open(self.path, "rb", buffering=0) as f:
                 f.seek(self.offset + start * n_row * dtype.itemsize)
-                view, done = memoryview(out.reshape(-1)).cast("B"), 0
+                view, done = out.reshape(-1).view(np.uint8).data, 0
                 while done < len(view):  # one read gives at most 2 GiB
                     n = f.readinto(view[done:])
                     if not n:
@@ -79,6 +84,7 @@ class Stored:
 
         Raises  CheckpointError if they do not.
         """
+        dtypes: tuple[str, ...]
         if self.block is None or self.scales is None:
             expected, dtypes = [(self.data, self.shape)], ("F32", "F16", "BF16")
         else:
@@ -103,10 +109,8 @@ class Stored:
         if self.block is not None and self.scales is not None:
             packed, scales = self.data.rows(start, stop), self.scales.rows(start, stop)
             return QTensor.unpack(packed, scales, bits=self.bits, block=self.block, n_in=self.shape[1])
-        if self.transposed:  # low-rank factors only: small
-            x = self.data.rows(0, self.data.shape[0]).T[start:stop]
-        else:
-            x = self.data.rows(start, stop)
+        # only low-rank factors are transposed: small
+        x = self.data.rows(0, self.data.shape[0]).T[start:stop] if self.transposed else self.data.rows(start, stop)
         x = np.ascontiguousarray(x, np.float32)
         if not np.isfinite(x).all():
             at = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .qtensor import QTensor
 
-Array = npt.NDArray[Any]
+Array = npt.NDArray[np.floating[Any]]
 Matrix = Array | QTensor
 
 
@@ -26,7 +26,8 @@ class Numpy:
     """
 
     def __init__(self, n_head: int, wkv_form: str = "step", dtype: npt.DTypeLike = np.float32) -> None:
-        self.n_head, self.wkv_form, self.dtype = n_head, wkv_form, np.dtype(dtype)
+        self.n_head, self.wkv_form = n_head, wkv_form
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
 
     def _matrix(self, W: Matrix) -> Array:
         return (W.dequantize() if isinstance(W, QTensor) else W).astype(self.dtype, copy=False)
@@ -84,7 +85,8 @@ class Numpy:
 
     def relu_squared(self, x: Array) -> Array:
         """max(x, 0)^2."""
-        return np.maximum(x, 0) ** 2
+        x = np.maximum(x, 0)
+        return x * x
 
     def fill_like(self, x: Array, value: float) -> Array:
         """One number in the shape of x."""
@@ -196,6 +198,6 @@ class Numpy:
         for t in range(query.shape[1]):
             D = S * self.col(np.exp(log_decay[:, t]))
             rest = self.row(value[:, t]) - self.row(key[:, t]) @ D
-            S = D + self.dtype.type(beta[t % 2]) * (self.col(key[:, t]) @ rest)
+            S = D + beta[t % 2] * (self.col(key[:, t]) @ rest)
             ys.append((self.row(query[:, t]) @ S)[:, :, 0])
         return np.stack(ys, axis=1), S

@@ -110,7 +110,7 @@ class ModelId:
     """The sha256 of a model, whatever its container and order: over every tensor's name, shape and float32 bytes."""
 
     def __init__(self) -> None:
-        self._tensors: dict[str, "hashlib._Hash"] = {}
+        self._tensors: dict[str, hashlib._Hash] = {}
 
     def update(self, name: str, shape: Shape, rows: np.ndarray) -> None:
         """Add the next rows of a tensor."""

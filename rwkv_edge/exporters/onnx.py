@@ -220,7 +220,14 @@ class Onnx:
             codes = self.weight(W.name, "U8", W.shape, (W.name, "data"))
             scales = self._scales(W)
             return self.node(
-                "GatherBlockQuantized", codes, indices, scales, bits=8, block_size=W.recipe.block, gather_axis=0, quantize_axis=1
+                "GatherBlockQuantized",
+                codes,
+                indices,
+                scales,
+                bits=8,
+                block_size=W.recipe.block,
+                gather_axis=0,
+                quantize_axis=1,
             )
         if W.recipe.bits == 16:
             return self.node("Cast", self.node("Gather", self._half(W), indices, axis=0), to=1)
@@ -236,7 +243,14 @@ class Onnx:
             inputs = [x, codes, self._scales(W)] + ([] if b is None else [None, None, b])
             level = 0 if self.exact else 4
             return self.node(
-                "MatMulNBits", *inputs, name=f"{W.name}/linear", K=n_in, N=n_out, bits=bits, block_size=block, accuracy_level=level
+                "MatMulNBits",
+                *inputs,
+                name=f"{W.name}/linear",
+                K=n_in,
+                N=n_out,
+                bits=bits,
+                block_size=block,
+                accuracy_level=level,
             )
         w = self.node("Cast", self._half(W), to=1) if W.recipe.bits == 16 else self.vector(W)
         y = self.node("FusedMatMul", x, w, name=f"{W.name}/linear", transB=1)
@@ -367,7 +381,7 @@ class Onnx:
     def invert_unit_lower(self, A: Value) -> Value:
         X, s = self._mask(lambda i, j: i == j), 1
         while s < self.max_tokens:
-            join = self._mask(lambda i, j, s=s: i // (2 * s) == j // (2 * s) and i // s > j // s)
+            join = self._mask(_join(s))
             X = self.node("Sub", X, self.node("MatMul", self.node("MatMul", X, self.node("Mul", A, join)), X))
             s *= 2
         return X
@@ -403,6 +417,11 @@ class Onnx:
         return Value(self, y.name, "packed"), S
 
     tokens: Value  # the graph's input, set by `trace`
+
+
+def _join(s: int) -> Callable[[int, int], bool]:
+    """The blocks below the diagonal that join two inverted blocks of size s into one."""
+    return lambda i, j: i // (2 * s) == j // (2 * s) and i // s > j // s
 
 
 _INT64_MAX = (1 << 63) - 1

@@ -29,9 +29,7 @@ def plan(spec: Spec, quant: str, *, block: int = 32, overrides: Sequence[str] = 
         raise QuantizeError(f"quant {quant!r} is unknown: expected one of {', '.join(QUANTS)}")
     if block not in BLOCKS:
         raise QuantizeError(f"block {block} is not possible: expected one of {', '.join(map(str, BLOCKS))}")
-    recipes = {
-        name: _recipe(name, w.shape, w.kind, QUANTS[quant].get(w.kind, 32), block) for name, w in spec.weights.items()
-    }
+    recipes = {name: _recipe(name, w.shape, w.kind, QUANTS[quant].get(w.kind, 32), block) for name, w in spec.weights.items()}
     for override in overrides:
         pattern, bits, own_block = _parse(override)
         names = [n for n in fnmatch.filter(spec.weights, pattern) if spec.weights[n].kind != "vector"]

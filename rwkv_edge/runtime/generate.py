@@ -97,6 +97,12 @@ class Generation:
         return Token(token, text, logprob)
 
     @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that one step reads: all but the embedding, of which it reads a row."""
+        tensors = self._model.bundle.tensors
+        return sum(t.data.nbytes + (t.scales.nbytes if t.scales else 0) for n, t in tensors.items() if n != "emb.weight")
+
+    @property
     def state(self) -> State:
         """The state after the prompt and every token given so far, but for the end of text."""
         self._read()

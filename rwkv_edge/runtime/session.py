@@ -185,7 +185,7 @@ class Loop:
 
     def _buffer(self, name: str) -> Array:
         """The current buffer as the state's document has it: a view."""
-        x = self._sets[self._at][f"state.{name}"]
+        x: Array = self._sets[self._at][f"state.{name}"]
         if self._key_first.get(name):
             x = x.swapaxes(-1, -2)
         return x.reshape(self._spec.state_tensors[name].shape) if x.ndim != 4 else x[0]
@@ -212,7 +212,8 @@ class Loop:
             self._bind(binding, *self._one)
             self._one_bound[self._at] = True
         self._go(binding, 1)
-        return logits[0]
+        row: Array = logits[0]
+        return row
 
     def _run(self, ids: Tokens, every: bool) -> Array:
         n = len(ids)
