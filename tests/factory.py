@@ -1,0 +1,148 @@
+"""Small RWKV-7 checkpoints of any shape, the same in every process and numpy, and torch's zip files without torch."""
+
+import io
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+# sizes: layers, heads, head size, ffn width, vocabulary, ranks of w a v g, and whether layer 0 has v0 v1 v2
+SHAPES = {
+    "odd": dict(n_layer=2, n_head=4, head_size=16, n_ffn=192, n_vocab=61, ranks=(5, 7, 3, 9), layer0_v=True),
+    "plain": dict(n_layer=3, n_head=2, head_size=64, n_ffn=512, n_vocab=96, ranks=(32, 32, 16, 48), layer0_v=False),
+    "one-head": dict(n_layer=2, n_head=1, head_size=64, n_ffn=256, n_vocab=40, ranks=(8, 6, 2, 12), layer0_v=True),
+}
+
+
+def uniform(name, shape, low=-1.0, high=1.0):
+    """Numbers from integers alone (splitmix64), seeded by the tensor's name: no library can change them."""
+    n = math.prod(shape)
+    with np.errstate(over="ignore"):
+        z = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(zlib.crc32(name.encode()))
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    unit = (z >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+    return (unit * np.float32(high - low) + np.float32(low)).reshape(shape)
+
+
+def weights(*, n_layer, n_head, head_size, n_ffn, n_vocab, ranks, layer0_v):
+    """Official names and shapes; scaled so that activations are lively and the state matters."""
+    C = n_head * head_size
+    w = {}
+
+    def normal(name, shape, std, mean=0.0):
+        w[name] = uniform(name, shape, mean - 1.73 * std, mean + 1.73 * std)
+
+    normal("emb.weight", (n_vocab, C), 0.5)
+    for i in range(n_layer):
+        b = f"blocks.{i}."
+        for ln in ("ln0", "ln1", "ln2") if i == 0 else ("ln1", "ln2"):
+            normal(f"{b}{ln}.weight", (C,), 0.1, 1.0)
+            normal(f"{b}{ln}.bias", (C,), 0.05)
+        a = f"{b}att."
+        for c in "rwkvag":
+            w[f"{a}x_{c}"] = uniform(f"{a}x_{c}", (1, 1, C), 0.0, 1.0)
+        for c, r in zip("wavg", ranks, strict=True):
+            if c == "v" and i == 0 and not layer0_v:
+                continue
+            normal(f"{a}{c}1", (C, r), 1 / math.sqrt(C))
+            normal(f"{a}{c}2", (r, C), 1.5 / math.sqrt(r) if c == "g" else 1 / math.sqrt(r))
+            if c != "g":
+                normal(f"{a}{c}0", (1, 1, C), 1.0, -2.0 if c == "w" else 0.2)
+        normal(f"{a}k_k", (1, 1, C), 0.1, 0.85)
+        normal(f"{a}k_a", (1, 1, C), 0.1, 1.0)
+        normal(f"{a}r_k", (n_head, head_size), 0.2)
+        for m in ("receptance", "key", "value"):
+            normal(f"{a}{m}.weight", (C, C), 1 / math.sqrt(C))
+        normal(f"{a}output.weight", (C, C), 0.5 / math.sqrt(C))
+        normal(f"{a}ln_x.weight", (C,), 0.1, 1.0)
+        normal(f"{a}ln_x.bias", (C,), 0.05)
+        w[f"{b}ffn.x_k"] = uniform(f"{b}ffn.x_k", (1, 1, C), 0.0, 1.0)
+        normal(f"{b}ffn.key.weight", (n_ffn, C), 1 / math.sqrt(C))
+        normal(f"{b}ffn.value.weight", (C, n_ffn), 0.4 / math.sqrt(n_ffn))
+    normal("ln_out.weight", (C,), 0.1, 1.0)
+    normal("ln_out.bias", (C,), 0.05)
+    normal("head.weight", (n_vocab, C), 2.0 / math.sqrt(C))
+    return w
+
+
+def tokens(n, n_vocab):
+    """A text that visits the whole vocabulary."""
+    return [int(t) for t in (uniform("tokens", (n,), 0, 1) * n_vocab).astype(int) % n_vocab]
+
+
+def raw(x, dtype):
+    if dtype == "fp32":
+        return np.ascontiguousarray(x, "<f4").tobytes()
+    if dtype == "fp16":
+        return x.astype("<f2").tobytes()
+    u = np.ascontiguousarray(x, "<f4").view(np.uint32)
+    return ((u + (0x7FFF + ((u >> 16) & 1))) >> 16).astype("<u2").tobytes()  # bf16, to nearest even
+
+
+def as_stored(x, dtype):
+    """The numbers that a reader of this dtype gets."""
+    if dtype == "bf16":
+        return (np.frombuffer(raw(x, "bf16"), "<u2").astype(np.uint32) << 16).view(np.float32).reshape(x.shape)
+    return np.frombuffer(raw(x, dtype), {"fp32": "<f4", "fp16": "<f2"}[dtype]).astype(np.float32).reshape(x.shape)
+
+
+STORAGE = {"bf16": b"BFloat16Storage", "fp16": b"HalfStorage", "fp32": b"FloatStorage"}
+
+
+def _text(s):
+    return b"X" + struct.pack("<I", len(s.encode())) + s.encode()
+
+
+def _int(n):
+    return b"J" + struct.pack("<i", n)
+
+
+def _tuple(items):
+    return b"(" + b"".join(items) + b"t"
+
+
+def tensor_pickle(key, shape, dtype, stride=None, offset=0, storage=None):
+    """Opcodes that rebuild one tensor."""
+    n = math.prod(shape)
+    stride = stride or [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    pid = _tuple([_text("storage"), b"ctorch\n" + (storage or STORAGE[dtype]) + b"\n", _text(key), _text("cpu"), _int(n)])
+    hooks = b"ccollections\nOrderedDict\n)R"
+    args = [pid + b"Q", _int(offset), _tuple(map(_int, shape)), _tuple(map(_int, stride)), b"\x89", hooks]
+    return b"ctorch._utils\n_rebuild_tensor_v2\n" + _tuple(args) + b"R"
+
+
+def write_zip(path, pickled, records):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as z:
+        z.writestr("archive/data.pkl", pickled)
+        z.writestr("archive/byteorder", b"little")
+        z.writestr("archive/version", b"3\n")
+        for key, data in records.items():
+            z.writestr(f"archive/data/{key}", data)
+
+
+def write_pth(path: Path, w: Mapping[str, np.ndarray], dtype: str = "bf16") -> Path:
+    """A torch zip file."""
+    entries = b"".join(_text(name) + tensor_pickle(str(i), x.shape, dtype) for i, (name, x) in enumerate(w.items()))
+    write_zip(path, b"\x80\x02}(" + entries + b"u.", {str(i): raw(x, dtype) for i, x in enumerate(w.values())})
+    return path
+
+
+def write_safetensors(path: Path, w: Mapping[str, np.ndarray], dtype: str = "BF16") -> Path:
+    """A safetensors file, bfloat16 included."""
+    import json
+
+    kind = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}[dtype]
+    header, body = {}, io.BytesIO()
+    for name, x in w.items():
+        start = body.tell()
+        body.write(raw(x, kind))
+        header[name] = {"dtype": dtype, "shape": list(x.shape), "data_offsets": [start, body.tell()]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body.getvalue())
+    return path
