@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .check import check as check
     from .convert import export as export
-    from .convert import quantize as quantize
     from .errors import RwkvEdgeError as RwkvEdgeError
     from .runtime import Generation as Generation
     from .runtime import Model as Model
@@ -27,9 +25,7 @@ if TYPE_CHECKING:
     from .runtime import open_bundle as open_bundle
 
 _HOMES = {
-    "check": ".check",
     "export": ".convert",
-    "quantize": ".convert",
     "RwkvEdgeError": ".errors",
     "Generation": ".runtime",
     "Model": ".runtime",

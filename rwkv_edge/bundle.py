@@ -5,6 +5,7 @@ This is the reading side and the manifest; rwkv_edge.convert writes a bundle, rw
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,9 +98,32 @@ def _parse(path: Path, manifest: dict[str, Any]) -> Bundle:
         if t["name"].startswith("0.")
     )
     spec = Spec(**manifest["spec"], weights=weights, state=per_layer)
-    if [t["name"] for t in manifest["state"]] != list(spec.state_tensors):
-        raise BundleError(f"{path / MANIFEST} is damaged: its state does not fit {spec.n_layer} layers")
-    return Bundle(path, manifest, spec, tensors)
+    bundle = Bundle(path, manifest, spec, tensors)
+    _validate(bundle)
+    return bundle
+
+
+def _validate(bundle: Bundle) -> None:
+    """Check that sizes, state and graphs fit each other: what the runtime allocates follows from them."""
+    spec, manifest, where = bundle.spec, bundle.manifest, bundle.path / MANIFEST
+    if any(type(v) is not int or v < 1 for k, v in spec.sizes.items() if k != "version"):
+        raise BundleError(f"{where} is damaged: its sizes are {spec.sizes}")
+    if bundle.tensors["emb.weight"].shape != (spec.n_vocab, spec.n_embd) or spec.n_head * spec.head_size != spec.n_embd:
+        raise BundleError(f"{where} is damaged: its sizes {spec.sizes} are not those of its tensors")
+    if len(manifest["state"]) != spec.n_layer * len(spec.state):
+        raise BundleError(f"{where} is damaged: its state does not fit {spec.n_layer} layers")
+    if [(t["name"], tuple(t["shape"])) for t in manifest["state"]] != [(n, t.shape) for n, t in spec.state_tensors.items()]:
+        raise BundleError(f"{where} is damaged: its state is not the same in every layer")
+    if any(math.prod(t.shape) not in (spec.n_embd, spec.n_embd * spec.head_size) or min(t.shape) < 1 for t in spec.state):
+        raise BundleError(f"{where} is damaged: its state does not fit n_embd={spec.n_embd}")
+    sizes = {f"state.{n}": math.prod(t.shape) for n, t in spec.state_tensors.items()}
+    for graph in manifest["graphs"]:
+        if graph["role"] not in ("run", "exact") or graph["arithmetic"] not in ("exact", "int8 activations"):
+            raise BundleError(f"{where} is damaged: graph {graph['file']} is for {graph['role']!r}, {graph['arithmetic']!r}")
+        if type(graph["T"]) is not int or graph["T"] < 1 or not isinstance(graph["needs"], dict):
+            raise BundleError(f"{where} is damaged: graph {graph['file']} reads {graph['T']} tokens at a time")
+        if {i["name"]: math.prod(i["shape"]) for i in graph["inputs"][2:]} != sizes:
+            raise BundleError(f"{where} is damaged: the inputs of {graph['file']} are not the state")
 
 
 def _stored(path: Path, files: Mapping[str, Any], name: str, t: Mapping[str, Any]) -> Stored:

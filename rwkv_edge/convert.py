@@ -258,7 +258,10 @@ def _encode_rows(t: Stored, recipe: Recipe, start: int) -> _Encoded:
     if recipe.bits == 16:
         if np.abs(rows).max() > np.finfo(np.float16).max:
             raise QuantizeError(f"{t.name} holds {np.abs(rows).max():g}, beyond float16: use --override '{t.name}=32'")
-        return rows, rows.astype("<f2").reshape(-1).view(np.uint8).data, None
+        half = rows.astype("<f2")
+        if not np.square(half - rows).mean() <= 1e-6 * np.square(rows).mean():
+            raise QuantizeError(f"{t.name} is too small for float16, which keeps little of it: use --override '{t.name}=32'")
+        return rows, half.reshape(-1).view(np.uint8).data, None
     return rows, rows.reshape(-1).view(np.uint8).data, None
 
 

@@ -84,6 +84,8 @@ class Stored:
 
         Raises  CheckpointError if they do not.
         """
+        if min(self.shape, default=0) < 1:
+            raise CheckpointError(f"{self.name} has shape {self.shape}: expected sizes of 1 or more")
         dtypes: tuple[str, ...]
         if self.block is None or self.scales is None:
             expected, dtypes = [(self.data, self.shape)], ("F32", "F16", "BF16")
@@ -116,7 +118,7 @@ class Stored:
             at = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
             at = (at[0] + start, *at[1:])
             raise CheckpointError(
-                f"{self.name} holds a {x[(at[0] - start, *at[1:])]} at {list(at)}: the file is damaged or the training diverged"
+                f"{self.data.path}: {self.name} holds a {x[(at[0] - start, *at[1:])]} at {list(at)}: the file is damaged or the training diverged"
             )
         return x
 

@@ -1,5 +1,6 @@
 """Exported graphs: numpy = onnxruntime for every form and width, valid ONNX, the same bytes every time."""
 
+import itertools
 import subprocess
 import sys
 
@@ -182,7 +183,7 @@ def test_weights_are_aligned_and_do_not_overlap(bundle):
         if t["scales"]:
             places.append((t["scales"]["offset"], t["scales"]["bytes"]))
     places.sort()
-    assert all(a + n <= b for (a, n), (b, _) in zip(places, places[1:], strict=False))
+    assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(places))
     assert all(at % 4096 == 0 for at, n in places if n >= 4096)
 
 

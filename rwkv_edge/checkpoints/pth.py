@@ -40,17 +40,17 @@ def read_pth(path: Path) -> dict[str, Record]:
         with zipfile.ZipFile(path) as z:
             pickles = [i for i in z.infolist() if i.filename.endswith("/data.pkl") or i.filename == "data.pkl"]
             if len(pickles) != 1:
-                raise CheckpointError(f"{path} is a zip file, but no torch checkpoint: it has {len(pickles)} data.pkl")
+                raise CheckpointError(f"a zip file, but no torch checkpoint: it has {len(pickles)} data.pkl")
             if pickles[0].file_size > _MAX_PICKLE:
-                raise CheckpointError(f"{path}: its pickle has {pickles[0].file_size} bytes, which no checkpoint needs")
+                raise CheckpointError(f"its pickle has {pickles[0].file_size} bytes, which no checkpoint needs")
             root = pickles[0].filename.removesuffix("data.pkl")
             if root + "byteorder" in z.namelist() and z.read(root + "byteorder") != b"little":
-                raise CheckpointError(f"{path} was saved on a big-endian machine, which is not supported")
+                raise CheckpointError("saved on a big-endian machine, which is not supported")
             with z.open(pickles[0]) as f:
                 content = _Unpickler(f).load()
             entries = {i.filename: i for i in z.infolist()}
-    except CheckpointError:
-        raise
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from e
     except zipfile.BadZipFile as e:
         raise CheckpointError(f"{path} is damaged or cut short: {e}. Download it again") from e
     except OSError as e:

@@ -29,16 +29,14 @@ def plan(spec: Spec, quant: str, *, block: int = 32, overrides: Sequence[str] = 
         raise QuantizeError(f"quant {quant!r} is unknown: expected one of {', '.join(QUANTS)}")
     if block not in BLOCKS:
         raise QuantizeError(f"block {block} is not possible: expected one of {', '.join(map(str, BLOCKS))}")
-    recipes = {name: _recipe(name, w.shape, w.kind, QUANTS[quant].get(w.kind, 32), block) for name, w in spec.weights.items()}
+    chosen = {name: (QUANTS[quant].get(w.kind, 32), block) for name, w in spec.weights.items()}
     for override in overrides:
         pattern, bits, own_block = _parse(override)
         names = [n for n in fnmatch.filter(spec.weights, pattern) if spec.weights[n].kind != "vector"]
         if not names:
             raise QuantizeError(f"override {override!r} matches no matrix: inspect lists their names")
-        for name in names:
-            w = spec.weights[name]
-            recipes[name] = _recipe(name, w.shape, w.kind, bits, own_block or block)
-    return recipes
+        chosen |= dict.fromkeys(names, (bits, own_block or block))
+    return {name: _recipe(name, spec.weights[name].shape, spec.weights[name].kind, *pair) for name, pair in chosen.items()}
 
 
 def _recipe(name: str, shape: Shape, kind: Kind, bits: int, block: int) -> Recipe:

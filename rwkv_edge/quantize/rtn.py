@@ -8,7 +8,8 @@ from ..qtensor import BLOCKS, Array, QTensor
 # The search for a block's scale at 4 bits: first the level, not yet rounded, that the largest weight is brought to, for
 # either sign of the scale (clipping it a little, or leaving levels unused, often pays); then factors around the best;
 # then the least-squares scale of its codes. That is within .1 % of the squared error of trying 100 levels, and takes a
-# seventh of the time. At 8 bits the largest weight goes to the last level and a search gains nothing.
+# seventh of the time. At 8 bits the largest weight goes to the last level: a search
+# would lower the squared error by 5 %, of which the perplexity shows nothing.
 _LEVELS = {4: (-8.6, -8.0, -7.4, 6.6, 7.0, 7.6), 8: (-128.0, 127.0)}
 _NEAR = {4: (1.05, 0.95, 1.03, 0.97, 1.015, 0.985), 8: ()}
 
@@ -23,8 +24,9 @@ def rtn(w: Array, *, bits: int, block: int) -> QTensor:
     block  weights along I that share one scale: 16, 32, 64, 128 or 256
 
     Error   the squared error of every block is at most that of scale = largest / (2**(bits-1) - 1), where no weight is
-            more than scale / 2 from its code.
-    Raises  QuantizeError if bits or block are not of these, or w has a NaN or an infinity.
+            more than scale / 2 from its code, and 1e-6 of the block's sum of squares: float32's resolution of the search.
+            Blocks whose largest weight is below 1e-30 become zeros.
+    Raises  QuantizeError if bits or block are not of these, or w has a NaN, an infinity, or weights beyond about 1e36.
     """
     if bits not in _LEVELS or block not in BLOCKS:
         raise QuantizeError(f"{bits} bits in blocks of {block}: expected 4 or 8 bits, blocks of {BLOCKS}")
@@ -41,11 +43,16 @@ def rtn(w: Array, *, bits: int, block: int) -> QTensor:
     for i in range(0, len(x), step):
         q, scales[i : i + step] = _blocks(np.ascontiguousarray(x[i : i + step].T), bits)
         codes[i : i + step] = q.T
+    if not np.isfinite(scales).all():
+        raise QuantizeError(f"weights up to {np.abs(w).max():.1e} are beyond what can be quantized in float32")
     return QTensor(codes.reshape(n_out, -1)[:, :n_in], scales.reshape(n_out, n_blocks), bits, block)
 
 
 def _blocks(x: Array, bits: int) -> tuple[Array, Array]:
     """Codes (as floats) and scales of blocks as columns, (block, n): numpy is fastest along long rows."""
+    if x.shape[1] == 1:  # numpy sums a single column in another order: a block must not notice that it is alone
+        q, scales = _blocks(np.repeat(x, 2, axis=1), bits)
+        return q[:, :1], scales[:1]
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     top, bottom = x.max(axis=0), x.min(axis=0)
     largest = np.where(top > -bottom, top, bottom)

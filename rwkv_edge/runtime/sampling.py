@@ -63,7 +63,8 @@ def sample(logits: Array, sampling: Sampling, rng: np.random.Generator) -> int:
         raise BackendError("the model gave logits that are not finite: check the bundle with `rwkv-edge check`")
     if sampling.temperature == 0:
         return int(logits.argmax())
-    p = np.exp(log_softmax(logits / np.float32(sampling.temperature)))
+    scaled = (logits.astype(np.float64) - float(logits.max())) / sampling.temperature
+    p = np.exp(scaled - np.log(np.exp(scaled).sum()))
     kept = top_p(p, sampling.top_p) if sampling.top_p < 1 else np.arange(len(p))
     cumulative = p[kept].cumsum()
     at = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))

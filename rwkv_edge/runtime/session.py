@@ -176,11 +176,7 @@ class Loop:
 
     def state(self) -> State:
         """Copy the state out."""
-        tensors = {}
-        for name in self._spec.state_tensors:
-            x = self._buffer(name).copy(order="C")
-            x.setflags(write=False)
-            tensors[name] = x
+        tensors = {name: self._buffer(name).copy(order="C") for name in self._spec.state_tensors}
         return State(self._model.bundle.model_id, self._n_tokens, tensors)
 
     def _buffer(self, name: str) -> Array:

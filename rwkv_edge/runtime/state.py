@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,11 @@ class State:
     model_id: str
     n_tokens: int
     tensors: Mapping[str, npt.NDArray[np.float32]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+        for x in self.tensors.values():
+            x.setflags(write=False)
 
     def save(self, path: str | Path, *, half: bool = False) -> None:
         """Write a safetensors file, replacing one of that name; in float16 with `half`.
@@ -69,12 +75,7 @@ def load_state(path: str | Path, *, model_id: str, spec: Spec) -> State:
     shapes = {name: t.shape for name, t in spec.state_tensors.items()}
     if {name: x.shape for name, x in tensors.items()} != shapes or digest != _digest(tensors):
         raise StateError(f"{path} is damaged: its tensors are not the ones that were saved")
-    return State(model_id, n_tokens, {name: _frozen(tensors[name].astype(np.float32)) for name in shapes})
-
-
-def _frozen(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    x.setflags(write=False)
-    return x
+    return State(model_id, n_tokens, {name: tensors[name].astype(np.float32) for name in shapes})
 
 
 def _digest(tensors: Mapping[str, npt.NDArray[np.floating]]) -> str:

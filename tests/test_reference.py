@@ -1,0 +1,71 @@
+"""Our numbers against the rwkv package's, live: `make reference`. Needs torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import factory
+import numpy as np
+import pytest
+from conftest import DEMO, REFERENCE, apart
+
+from rwkv_edge.check import run_reference
+from rwkv_edge.checkpoints import open_checkpoint
+
+pytestmark = pytest.mark.reference
+
+SHAPES = {
+    **factory.SHAPES,
+    "small-heads": dict(n_layer=3, n_head=6, head_size=8, n_ffn=160, n_vocab=50, ranks=(3, 4, 5, 6), layer0_v=False),
+    "wide": dict(n_layer=4, n_head=4, head_size=64, n_ffn=1024, n_vocab=300, ranks=(64, 64, 32, 128), layer0_v=False),
+    "one-layer": dict(n_layer=1, n_head=2, head_size=16, n_ffn=96, n_vocab=33, ranks=(4, 4, 4, 4), layer0_v=True),
+}
+
+
+def rwkv(pth, ids, folder, one_by_one):
+    """Run the rwkv package in a process of its own: its switches are set at import."""
+    out = folder / "out.npz"
+    code = (
+        "import sys, json, numpy as np; from pathlib import Path\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r}); from make_goldens import run_rwkv\n"
+        "logits, state = run_rwkv(Path(sys.argv[1]), json.loads(sys.argv[2]), one_by_one=sys.argv[4] == '1')\n"
+        "np.savez(sys.argv[3], logits=logits, **state)\n"
+    )
+    args = [str(pth), json.dumps(ids), str(out), "1" if one_by_one else "0"]
+    subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
+    with np.load(out) as f:
+        state = dict(f)
+    return state.pop("logits"), state
+
+
+@pytest.mark.parametrize("one_by_one", [True, False], ids=["token by token", "sequence"])
+@pytest.mark.parametrize("name", ["demo", *SHAPES])
+def test_the_rwkv_package_agrees(name, one_by_one, tmp_path):
+    pth = DEMO if name == "demo" else factory.write_pth(tmp_path / "m.pth", factory.weights(**SHAPES[name]), "fp32")
+    checkpoint = open_checkpoint(pth)
+    ids = factory.tokens(160, checkpoint.spec.n_vocab)
+    expected, end = rwkv(pth, ids, tmp_path, one_by_one)
+    logits, state = run_reference(checkpoint.spec, {n: t.read() for n, t in checkpoint.tensors.items()}, ids)
+    assert apart(logits, expected) <= REFERENCE
+    assert max(apart(state[n], x) for n, x in end.items()) <= REFERENCE
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_torch_reads_and_writes_the_same_file(dtype, tmp_path):
+    """A checkpoint saved by torch itself, also as views of one storage, and ours read by torch."""
+    import torch
+
+    w = factory.weights(**factory.SHAPES["odd"])
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    tensors = {name: torch.from_numpy(x).to(kind) for name, x in w.items()}
+    both = torch.cat([tensors["ln_out.weight"], tensors["ln_out.bias"]])
+    tensors["ln_out.weight"], tensors["ln_out.bias"] = both[:64], both[64:]
+    tensors["head.weight"] = torch.nn.Parameter(tensors["head.weight"])
+    torch.save(tensors, tmp_path / "theirs.pth")
+    ours = factory.write_pth(tmp_path / "ours.pth", w, dtype)
+    a, b = open_checkpoint(tmp_path / "theirs.pth"), open_checkpoint(ours)
+    for name, t in a.tensors.items():
+        np.testing.assert_array_equal(t.read(), b.tensors[name].read(), err_msg=name)
+    for name, x in torch.load(ours, weights_only=True).items():
+        assert torch.equal(x, tensors[name].detach()), name

@@ -1,0 +1,280 @@
+"""Feed, generate, state: what an app relies on."""
+
+import gc
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+from conftest import apart
+
+from rwkv_edge import open_bundle
+from rwkv_edge.errors import BackendError, InputError, OutputError, StateError
+
+STORY = "Once upon a time there was a little dog who lived in a house. "
+
+
+@pytest.fixture
+def demo(model):
+    return model("demo", quant="int4")
+
+
+@pytest.fixture
+def exact(model):
+    return model("demo", quant="none")
+
+
+def test_feed_gives_the_last_logits_or_every_one(exact):
+    ids = exact.encode(STORY)
+    last, state = exact.feed(ids)
+    every, same = exact.feed(ids, every=True)
+    assert last.shape == (4096,)
+    assert every.shape == (len(ids), 4096)
+    assert last.dtype == every.dtype == np.float32
+    np.testing.assert_array_equal(every[-1], last)
+    assert state.n_tokens == same.n_tokens == len(ids)
+
+
+def test_what_goes_in_is_not_changed_and_what_comes_out_is_fresh(exact):
+    ids = exact.encode(STORY)
+    _, state = exact.feed(ids)
+    kept = {n: x.copy() for n, x in state.tensors.items()}
+    one, after = exact.feed([5], state)
+    mine = one.copy()
+    two, again = exact.feed([5], state)
+    np.testing.assert_array_equal(two, mine)
+    one[:] = 0
+    np.testing.assert_array_equal(two, mine)
+    for n, x in state.tensors.items():
+        np.testing.assert_array_equal(x, kept[n])
+        np.testing.assert_array_equal(after.tensors[n], again.tensors[n])
+    with pytest.raises(ValueError, match="read-only"):
+        state.tensors["0.wkv"][:] = 0
+    with pytest.raises(TypeError):
+        state.tensors["0.wkv"] = None
+
+
+@pytest.mark.parametrize("wkv", ["attention", "plain", "step"])
+def test_chunks_do_not_matter_in_exact_arithmetic(wkv, model):
+    m = model("demo", quant="none", wkv=wkv)
+    ids = m.encode(STORY * 25)[:300]
+    whole, end = m.feed(ids, every=True)
+    for size in {"attention": (1, 3, 65, 255, 257), "plain": (1, 3, 63, 65), "step": (1, 100)}[wkv]:
+        parts, state = [], None
+        for i in range(0, len(ids), size):
+            logits, state = m.feed(ids[i : i + size], state, every=True)
+            parts.append(logits)
+        assert apart(np.concatenate(parts), whole) <= 5e-5
+        assert max(apart(x, end.tensors[n]) for n, x in state.tensors.items()) <= 3e-4
+
+
+def test_generate_is_a_loop_over_feed(demo):
+    prompt = demo.encode(STORY)
+    tokens = list(demo.generate(prompt, max_tokens=40, temperature=0))
+    logits, state = demo.feed(prompt)
+    for token in tokens:
+        assert token.id == logits.argmax()
+        p = np.exp(logits.astype(np.float64) - logits.max())
+        assert token.logprob == pytest.approx(np.log(p[token.id] / p.sum()), abs=1e-6)
+        logits, state = demo.feed([token.id], state)
+    assert "".join(t.text for t in tokens) == demo.tokenizer.decode([t.id for t in tokens])
+
+
+def test_generate_gives_the_state_back(demo):
+    """What was said so far, and what comes next, are as if never stopped; prefill rounds as it did."""
+    whole = [t.id for t in demo.generate(STORY, max_tokens=30, temperature=0)]
+    g = demo.generate(STORY, max_tokens=10, temperature=0)
+    first = [t.id for t in g]
+    state = g.state
+    assert state.n_tokens == len(demo.encode(STORY)) + 10
+    _, fed = demo.feed(first, demo.feed(demo.encode(STORY))[1])
+    assert fed.n_tokens == state.n_tokens
+    assert max(apart(state.tensors[n], fed.tensors[n]) for n in fed.tensors) < 0.3
+    rest = list(demo.generate([whole[10]], state, max_tokens=19, temperature=0))
+    assert first + [whole[10]] + [t.id for t in rest] == whole
+
+
+def test_the_state_can_be_asked_for_at_any_moment(exact):
+    g = exact.generate(STORY, max_tokens=5, temperature=0)
+    n = len(exact.encode(STORY))
+    assert g.state.n_tokens == n
+    next(g)
+    next(g)
+    assert g.state.n_tokens == n + 2
+    assert len(list(g)) == 3
+    assert g.state.n_tokens == n + 5
+    assert g.state.n_tokens == n + 5
+    assert list(g) == []
+
+
+def test_a_saved_state_goes_on_as_if_never_stopped(exact, tmp_path):
+    ids = exact.encode(STORY)
+    _, state = exact.feed(ids[:7])
+    state.save(tmp_path / "story.state")
+    loaded = exact.load_state(tmp_path / "story.state")
+    assert loaded.n_tokens == 7
+    np.testing.assert_array_equal(exact.feed(ids[7:], loaded)[0], exact.feed(ids[7:], state)[0])
+    state.save(tmp_path / "half.state", half=True)
+    assert (tmp_path / "half.state").stat().st_size < 0.6 * (tmp_path / "story.state").stat().st_size
+    logits, _ = exact.feed(ids[7:], exact.load_state(tmp_path / "half.state"))
+    assert apart(logits, exact.feed(ids[7:], state)[0]) < 0.01
+
+
+def test_a_state_fits_every_bundle_of_its_model(model):
+    one, other = model("demo", quant="none"), model("demo", quant="none", wkv="plain")
+    ids = one.encode(STORY)
+    _, state = one.feed(ids)
+    assert apart(other.feed([5], state)[0], one.feed([5], state)[0]) <= 5e-5
+
+
+def test_states_of_others_and_damaged_ones_are_refused(exact, model, tmp_path):
+    _, state = exact.feed([1, 2])
+    file = tmp_path / "s.state"
+    state.save(file)
+    stranger = model("odd", quant="none")
+    with pytest.raises(StateError, match=r"s\.state belongs to another model"):
+        stranger.load_state(file)
+    with pytest.raises(StateError, match="the state belongs to another model"):
+        stranger.feed([1], state)
+    with pytest.raises(StateError, match="the state belongs to another model"):
+        stranger.generate([1], state)
+    data = file.read_bytes()
+    file.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(StateError, match="is damaged: its tensors are not the ones that were saved"):
+        exact.load_state(file)
+    for content in (data[:200], b"", b"hello"):
+        file.write_bytes(content)
+        with pytest.raises(StateError, match="is damaged or not a state file"):
+            exact.load_state(file)
+    with pytest.raises(StateError, match="does not exist"):
+        exact.load_state(tmp_path / "none")
+    with pytest.raises(OutputError, match="is not a folder: create it first"):
+        state.save(tmp_path / "none" / "s.state")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "there are no tokens to read"),
+        ([4096], "token 4096 is outside the vocabulary of 0 to 4095"),
+        ([3, -1], "token -1 is outside the vocabulary"),
+        ([2**70], "tokens are not a flat list of whole numbers"),
+        ([1.5], "tokens are not a flat list of whole numbers"),
+        ([True], "tokens are not a flat list of whole numbers"),
+        ([[1, 2]], "tokens are not a flat list of whole numbers"),
+        ([[1], [2, 3]], "tokens are not a flat list of whole numbers"),
+        ("text", "tokens are not a flat list of whole numbers"),
+    ],
+)
+def test_tokens_that_are_none(tokens, message, demo):
+    with pytest.raises(InputError, match=message):
+        demo.feed(tokens)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "there are no tokens to read"),
+        ("a", {"max_tokens": -1}, "max_tokens -1 is not possible"),
+        ("a", {"temperature": -0.1}, "temperature -0.1 is not possible"),
+        ("a", {"top_p": 2}, "top_p 2 is not possible"),
+        ("a", {"stop": "end"}, "stop is a list of texts"),
+        ("a", {"stop": [""]}, "stop is a list of texts, none of them empty"),
+    ],
+)
+def test_generations_that_cannot_be(prompt, options, message, demo):
+    with pytest.raises(InputError, match=message):
+        demo.generate(prompt, **options)
+
+
+def test_without_a_tokenizer_ids_do(model):
+    m = model("odd", quant="int4")
+    tokens = list(m.generate([1, 2, 3], max_tokens=5))
+    assert len(tokens) == 5
+    assert {t.text for t in tokens} == {""}
+    with pytest.raises(InputError, match="has no tokenizer: give token ids, or export with --tokenizer"):
+        m.generate("text")
+    with pytest.raises(InputError, match="stop texts need a tokenizer"):
+        m.generate([1], stop=["x"])
+
+
+def test_a_seed_gives_the_same_text(demo):
+    def text(**options):
+        return "".join(t.text for t in demo.generate(STORY, max_tokens=30, **options))
+
+    assert text(seed=1) == text(seed=1) != text(seed=2)
+    assert text(temperature=0) == text(temperature=0, seed=9)
+
+
+@pytest.mark.parametrize("stop", [["dog"], [" a", "the"], [". "], ["never said"], ["upon", "y", "xx"]])
+def test_stop_texts(stop, exact):
+    whole = "".join(t.text for t in exact.generate("The little", max_tokens=60, temperature=0))
+    g = list(exact.generate("The little", max_tokens=60, temperature=0, stop=stop))
+    found = [whole.find(s) for s in stop if s in whole]
+    expected = whole[: min(found)] if found else whole
+    assert "".join(t.text for t in g) == expected
+    if found:
+        assert len(g) < 60
+
+
+def test_end_of_text_ends_the_generation(exact, monkeypatch):
+    ids = [t.id for t in exact.generate(STORY, max_tokens=20, temperature=0)]
+    monkeypatch.setattr(exact, "_end_of_text", ids[7])
+    first = ids.index(ids[7])
+    g = exact.generate(STORY, max_tokens=20, temperature=0)
+    assert [t.id for t in g] == ids[: first + 1]
+    assert g.state.n_tokens == len(exact.encode(STORY)) + first
+
+
+def test_generations_do_not_disturb_each_other(demo):
+    alone = [[t.id for t in demo.generate(STORY, max_tokens=25, seed=s)] for s in range(3)]
+    together = [demo.generate(STORY, max_tokens=25, seed=s) for s in range(3)]
+    rows = list(zip(*together, strict=True))
+    assert [[t.id for t in column] for column in zip(*rows, strict=True)] == alone
+
+
+def test_threads_share_a_model_and_a_state(demo):
+    _, state = demo.feed(demo.encode(STORY))
+    expected = demo.feed([7, 8, 9], state)[0]
+    alone = [t.id for t in demo.generate([7], state, max_tokens=20, seed=3)]
+    found = []
+
+    def work():
+        for _ in range(5):
+            found.append(np.array_equal(demo.feed([7, 8, 9], state)[0], expected))
+            found.append([t.id for t in demo.generate([7], state, max_tokens=20, seed=3)] == alone)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(found) == 40
+    assert all(found)
+
+
+def test_memory_is_flat_however_long_the_text(demo, monkeypatch):
+    monkeypatch.setattr(demo, "_end_of_text", None)
+    g = demo.generate(STORY, max_tokens=700, seed=1)
+    for _ in range(100):
+        next(g)
+    gc.collect()
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for _ in range(500):
+        next(g)
+    gc.collect()
+    after, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 20_000
+    assert peak - before < 400_000  # a token's logits in float64 and what sampling makes of them
+
+
+def test_backends_that_cannot_are_said_so(bundle, monkeypatch):
+    import onnxruntime
+
+    with pytest.raises(InputError, match="threads 0 is not possible"):
+        open_bundle(bundle("odd", quant="int4"), threads=0)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.25.0")
+    with pytest.raises(BackendError, match=r"the bundle needs onnxruntime 1\.25\.1, this is 1\.25\.0: update it"):
+        open_bundle(bundle("odd", quant="int4"))
