@@ -115,10 +115,10 @@ class Stored:
         x = self.data.rows(0, self.data.shape[0]).T[start:stop] if self.transposed else self.data.rows(start, stop)
         x = np.ascontiguousarray(x, np.float32)
         if not np.isfinite(x).all():
-            at = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
-            at = (at[0] + start, *at[1:])
+            row, *rest = (int(i) for i in np.argwhere(~np.isfinite(x))[0])
             raise CheckpointError(
-                f"{self.data.path}: {self.name} holds a {x[(at[0] - start, *at[1:])]} at {list(at)}: the file is damaged or the training diverged"
+                f"{self.data.path}: {self.name} holds a {x[(row, *rest)]} at {[row + start, *rest]}: "
+                "the file is damaged or the training diverged"
             )
         return x
 

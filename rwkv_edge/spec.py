@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Shape = tuple[int, ...]
@@ -71,7 +72,7 @@ class Spec:
     def n_parameters(self) -> int:
         return sum(w.size for w in self.weights.values())
 
-    @property
+    @cached_property
     def state_tensors(self) -> dict[str, StateTensor]:
         """Every tensor of a whole state by its name, `{layer}.{tensor}`."""
         return {f"{i}.{t.name}": t for i in range(self.n_layer) for t in self.state}

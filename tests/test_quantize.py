@@ -143,7 +143,7 @@ def test_plan_by_kind(weights):
 def test_an_embedding_of_uneven_rows_takes_the_advice_it_is_given():
     w = {n: Weight(s, k) for n, s, k in (("emb.weight", (50, 24), "embedding"), ("head.weight", (50, 24), "head"))}
     spec = Spec("7", 1, 24, 3, 8, 96, 50, w, ())
-    with pytest.raises(QuantizeError, match="give --override 'emb.weight=16'"):
+    with pytest.raises(QuantizeError, match=r"give --override 'emb\.weight=16'"):
         plan(spec, "int4")
     assert plan(spec, "int4", overrides=["emb.weight=16"]) == {"emb.weight": Recipe(16), "head.weight": Recipe(4, 16, "rtn")}
 
