@@ -66,19 +66,18 @@ def _blocks(x: Array, bits: int) -> tuple[Array, Array]:
         np.clip(q, low, high, out=q)
         return np.einsum("ij,ij->j", x, q), np.maximum(np.einsum("ij,ij->j", q, q), 1)
 
-    best, chosen = np.full(x.shape[1], -1, np.float32), np.empty(x.shape[1], np.float32)
+    best, chosen, scale = np.full((3, x.shape[1]), -1, np.float32)
 
     def attempt(inverse: Array) -> None:
         xq, qq = fit(inverse)
         score = np.abs(xq) / np.sqrt(qq)
         better = score > best
-        best[better], chosen[better] = score[better], inverse[better]
+        best[better], chosen[better], scale[better] = score[better], inverse[better], (xq / qq)[better]
 
     for level in _LEVELS[bits]:
         attempt(np.float32(level) / largest)
     for factor in _NEAR[bits]:
         attempt(chosen * np.float32(factor))
-    xq, qq = fit(chosen)
-    attempt(np.divide(qq, xq, out=np.zeros_like(xq), where=xq != 0))
-    xq, qq = fit(chosen)
-    return q, xq / qq
+    attempt(np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0))
+    fit(chosen)
+    return q, scale
