@@ -3,9 +3,11 @@
 This is the reading side and the manifest; rwkv_edge.convert writes a bundle, rwkv_edge.runtime runs it.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 from .errors import BundleError, CheckpointError
 from .files import Record, Stored
+from .qtensor import BLOCKS
 from .spec import Spec, StateTensor, Weight
 
 FORMAT = 1
@@ -63,17 +66,120 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         raise BundleError(f"{path} has no {MANIFEST}: it is not a bundle, or its export was interrupted") from e
     except (OSError, ValueError, RecursionError) as e:
         raise BundleError(f"{path / MANIFEST} cannot be read: {e}") from e
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int or manifest["format"] < 1:
         raise BundleError(f"{path / MANIFEST} is not a bundle's manifest: it states no format")
     if manifest["format"] > FORMAT:
         raise BundleError(f"{path} is of format {manifest['format']} and this release reads format {FORMAT}: update rwkv-edge")
     try:
+        _conform(manifest, _MANIFEST, "manifest")
         bundle = _parse(path, manifest)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, CheckpointError) as e:
-        raise BundleError(f"{path / MANIFEST} is damaged ({type(e).__name__}: {e}): export the bundle again") from e
+    except (ValueError, OverflowError, CheckpointError) as e:
+        raise BundleError(f"{path / MANIFEST} is damaged: {e}. Export the bundle again") from e
     if verify:
         verify_files(bundle)
     return bundle
+
+
+_SHA = re.compile("[0-9a-f]{64}")
+_SIZE = range(1, 1 << 40)
+_PLACE = range(1 << 60)
+_VALUE = {"name": str, "dtype": {"int64", "float32"}, "shape": [object]}
+
+# What a manifest looks like. A type: a value of it. A range or a set: one of its members. A pattern: text that it matches.
+# [x]: a list of x. {...: x}: any names. A dictionary: these keys, and no others. A tuple: one of these.
+_MANIFEST: Any = {
+    "format": range(1, FORMAT + 1),
+    "model_id": _SHA,
+    "spec": {"version": str} | dict.fromkeys(("n_layer", "n_embd", "n_head", "head_size", "n_ffn", "n_vocab"), _SIZE),
+    "state": [{"name": str, "shape": [_SIZE], "dtype": {"float32"}, "first": float}],
+    "graphs": [
+        {
+            "file": str,
+            "role": {"run", "exact"},
+            "target": {"onnx"},
+            "profile": {"cpu"},
+            "wkv": str,
+            "T": _SIZE,
+            "arithmetic": {"exact", "int8 activations"},
+            "inputs": [(_VALUE, _VALUE | {"layout": {"key,value", "value,key"}})],
+            "outputs": [(_VALUE, _VALUE | {"layout": {"key,value", "value,key"}})],
+            "needs": {"onnxruntime": re.compile(r"\d+\.\d+\.\d+")},
+        }
+    ],
+    "tensors": {
+        ...: {
+            "file": str,
+            "offset": _PLACE,
+            "bytes": _PLACE,
+            "dtype": {"F32", "F16", "U8"},
+            "shape": [_SIZE],
+            "kind": {"embedding", "head", "matrix", "low_rank", "vector"},
+            "bits": {4, 8, 16, 32},
+            "block": (None, set(BLOCKS)),
+            "scales": (None, {"offset": _PLACE, "bytes": _PLACE}),
+            "method": {None, "rtn"},
+        }
+    },
+    "files": {...: {"bytes": _PLACE, "sha256": _SHA}},
+    "tokenizer": (None, {"kind": {"json"}, "file": str, "end_of_text": (None, _PLACE)}),
+    "prompt": {None},
+    "sampling": {"temperature": float, "top_p": float},
+    "made_by": {"tool": str, "version": str},
+}
+
+
+def _conform(x: Any, form: Any, where: str) -> None:
+    """Check a value against a form of `_MANIFEST`.
+
+    Raises  ValueError, naming the place, if it does not fit.
+    """
+    match form:
+        case dict() if ... in form and isinstance(x, dict):
+            for key, value in x.items():
+                _conform(value, form[...], f"{where}.{key}")
+        case dict() if isinstance(x, dict) and x.keys() == form.keys():
+            for key, value in x.items():
+                _conform(value, form[key], f"{where}.{key}")
+        case [inner] if isinstance(form, list) and isinstance(x, list):
+            for i, value in enumerate(x):
+                _conform(value, inner, f"{where}[{i}]")
+        case tuple():
+            *some, last = form
+            for one in some:
+                with contextlib.suppress(ValueError):
+                    return _conform(x, one, where)
+            _conform(x, last, where)
+        case re.Pattern() if isinstance(x, str) and form.fullmatch(x):
+            pass
+        case range() if type(x) is int and x in form:
+            pass
+        case set() if type(x) in (int, str, type(None)) and x in form:
+            pass
+        case type() if isinstance(x, (int, float) if form is float else form) and not isinstance(x, bool):
+            if form is float and not math.isfinite(float(x)):  # type: ignore[arg-type]
+                raise ValueError(f"{where} is {x}")
+        case None if x is None:
+            pass
+        case _:
+            raise ValueError(f"{where} is {str(x)[:60]!r}")
+    return None
+
+
+def why_not_replace(path: Path) -> str | None:
+    """Say why an existing folder may not be replaced by a bundle: it may if it is empty, or a bundle and nothing else."""
+    names = {p.name for p in path.iterdir()}
+    if not names:
+        return None
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        ours = {*manifest["files"], MANIFEST} if manifest["made_by"]["tool"] == "rwkv-edge" else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        ours = None
+    if ours is None:
+        return "is no bundle, so it will not be replaced: choose another output"
+    if names - ours:
+        return f"holds {min(names - ours)!r}, which is not the bundle's, so it will not be replaced: move that away first"
+    return None
 
 
 def _parse(path: Path, manifest: dict[str, Any]) -> Bundle:
@@ -106,24 +212,27 @@ def _parse(path: Path, manifest: dict[str, Any]) -> Bundle:
 def _validate(bundle: Bundle) -> None:
     """Check that sizes, state and graphs fit each other: what the runtime allocates follows from them."""
     spec, manifest, where = bundle.spec, bundle.manifest, bundle.path / MANIFEST
-    if any(type(v) is not int or v < 1 for k, v in spec.sizes.items() if k != "version"):
-        raise BundleError(f"{where} is damaged: its sizes are {spec.sizes}")
-    if bundle.tensors["emb.weight"].shape != (spec.n_vocab, spec.n_embd) or spec.n_head * spec.head_size != spec.n_embd:
+    if (
+        "emb.weight" not in bundle.tensors
+        or bundle.tensors["emb.weight"].shape != (spec.n_vocab, spec.n_embd)
+        or spec.n_head * spec.head_size != spec.n_embd
+    ):
         raise BundleError(f"{where} is damaged: its sizes {spec.sizes} are not those of its tensors")
     if len(manifest["state"]) != spec.n_layer * len(spec.state):
         raise BundleError(f"{where} is damaged: its state does not fit {spec.n_layer} layers")
     if [(t["name"], tuple(t["shape"])) for t in manifest["state"]] != [(n, t.shape) for n, t in spec.state_tensors.items()]:
         raise BundleError(f"{where} is damaged: its state is not the same in every layer")
-    if any(math.prod(t.shape) not in (spec.n_embd, spec.n_embd * spec.head_size) or min(t.shape) < 1 for t in spec.state):
+    if any(t.shape not in ((spec.n_embd,), (spec.n_head, *2 * [spec.head_size])) for t in spec.state):
         raise BundleError(f"{where} is damaged: its state does not fit n_embd={spec.n_embd}")
     sizes = {f"state.{n}": math.prod(t.shape) for n, t in spec.state_tensors.items()}
     for graph in manifest["graphs"]:
-        if graph["role"] not in ("run", "exact") or graph["arithmetic"] not in ("exact", "int8 activations"):
-            raise BundleError(f"{where} is damaged: graph {graph['file']} is for {graph['role']!r}, {graph['arithmetic']!r}")
-        if type(graph["T"]) is not int or graph["T"] < 1 or not isinstance(graph["needs"], dict):
-            raise BundleError(f"{where} is damaged: graph {graph['file']} reads {graph['T']} tokens at a time")
-        if {i["name"]: math.prod(i["shape"]) for i in graph["inputs"][2:]} != sizes:
+        states = graph["inputs"][2:]
+        if any(type(n) is not int or n < 1 for i in states for n in i["shape"]):
+            raise BundleError(f"{where} is damaged: a state of {graph['file']} has no size")
+        if {i["name"]: math.prod(i["shape"]) for i in states} != sizes:
             raise BundleError(f"{where} is damaged: the inputs of {graph['file']} are not the state")
+        if any(("layout" in i) != (len(i["shape"]) == 4) for i in states):
+            raise BundleError(f"{where} is damaged: {graph['file']} does not say how its memory lies")
 
 
 def _stored(path: Path, files: Mapping[str, Any], name: str, t: Mapping[str, Any]) -> Stored:

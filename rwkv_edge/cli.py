@@ -1,6 +1,8 @@
 """The command line: parse, call one library function, print.  Data goes to stdout, everything else to stderr."""
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import signal
@@ -16,7 +18,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from . import __version__
-from .errors import CheckFailed, InputError, RwkvEdgeError
+from .errors import CheckFailed, InputError, OutputError, RwkvEdgeError
 
 Progress = Callable[[int, int], None]
 DEMO = Path(__file__).parent / "demo" / "rwkv7-stories-7m.pth"
@@ -26,7 +28,8 @@ class Failure(click.ClickException):
     """One line on stderr, and the exit code."""
 
     def __init__(self, error: RwkvEdgeError) -> None:
-        super().__init__(" ".join(str(error).split()))
+        text = " ".join(str(error).split())
+        super().__init__("".join(c if c.isprintable() else "?" for c in text))
         self.exit_code = 3 if isinstance(error, CheckFailed) else 1  # type: ignore[misc]
 
 
@@ -41,6 +44,10 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except RwkvEdgeError as e:
             raise Failure(e) from e
+        except OSError as e:  # names too long, folders that cannot be entered, a full stdout
+            if e.errno == errno.EPIPE:
+                raise
+            raise Failure(OutputError(f"{e.filename or 'output'}: {e.strerror or e}")) from e
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -62,7 +69,9 @@ def cli() -> None:
 force_option = click.option("-f", "--force", is_flag=True, help="Replace the output if it exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing on stderr but errors.")
-threads_option = click.option("--threads", type=click.IntRange(1), help="Threads for matrix products.  [default: every core]")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 256), help="Threads for matrix products.  [default: every core]"
+)
 checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 
@@ -136,7 +145,7 @@ def quantize(
     """
     from .convert import quantize as write
 
-    output = output or checkpoint.with_name(f"{checkpoint.stem}-{quant}.safetensors")
+    output = output or _beside(checkpoint, f"-{quant}.safetensors")
     start = time.perf_counter()
     with _progress("quantizing", quiet) as progress:
         written = write(checkpoint, output, quant=quant, block=int(block), overrides=overrides, force=force, progress=progress)
@@ -176,8 +185,7 @@ def export(
     """
     from .convert import export as write
 
-    suffix = f"-{quant}" if quant else "-bundle"
-    output = output or checkpoint.with_name(checkpoint.stem + suffix)
+    output = output or _beside(checkpoint, f"-{quant}" if quant else "-bundle")
     start = time.perf_counter()
     with _progress("exporting", quiet) as progress:
         written = write(
@@ -197,7 +205,7 @@ def export(
 @cli.command()
 @bundle_argument
 @click.option("--against", type=click.Path(path_type=Path), help="The checkpoint it was made from, to measure the cost.")
-@click.option("-n", "--tokens", "n_tokens", type=click.IntRange(2), default=320, help="Tokens to compare.")
+@click.option("-n", "--tokens", "n_tokens", type=click.IntRange(2, 65536), default=320, help="Tokens to compare.")
 @threads_option
 @json_option
 @quiet_option
@@ -256,7 +264,10 @@ def run(
     rwkv-edge run model-int4 "And then" --load-state book.state
     """
     from .runtime import open_bundle
+    from .runtime.state import refuse_output
 
+    if save_state:
+        refuse_output(save_state)  # before the work, not after it
     if prompt == "-":
         prompt = _stdin()
     start = time.perf_counter()
@@ -266,12 +277,14 @@ def run(
     generation = model.generate(
         prompt, state, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
     )
-    for token in generation:
-        click.echo(token.text, nl=False)
-    if max_tokens:
-        click.echo()
-    if save_state:
-        generation.state.save(save_state)
+    try:
+        for token in generation:
+            click.echo(token.text, nl=False)
+        if max_tokens:
+            click.echo()
+    finally:  # an interrupt keeps what was read
+        if save_state:
+            generation.state.save(save_state)
     _say(_stats(generation, load_s), quiet)
 
 
@@ -390,7 +403,7 @@ def _written(written: Any, start: float) -> str:
 
 def _stats(generation: Any, load_s: float) -> str:
     s = generation.stats
-    parts = [f"read {s.n_prompt} tokens" + (f" at {s.n_prompt / s.prefill_s:.0f} tok/s" if s.prefill_s else "")]
+    parts = [f"read {s.n_prompt} tokens at {s.n_prompt / s.prefill_s:.0f} tok/s"] if s.n_prompt else []
     if s.n_generated > 1:
         tok_s = s.n_generated / s.decode_s
         parts.append(f"wrote {s.n_generated} at {tok_s:.0f} tok/s ({tok_s * generation.bytes_per_token / 1e9:.1f} GB/s)")
@@ -417,7 +430,17 @@ def _progress(label: str, quiet: bool) -> Iterator[Progress | None]:
         yield lambda done, total: bar.update(1000 * done // total - bar.pos)
 
 
+def _beside(checkpoint: Path, suffix: str) -> Path:
+    """The output's name, made from the input's."""
+    from .checkpoints import open_checkpoint
+
+    open_checkpoint(checkpoint)  # what is no checkpoint may have no name either
+    return checkpoint.with_name(checkpoint.stem + suffix)
+
+
 def _stdin() -> str:
+    if sys.stdin is None:
+        raise InputError("stdin is closed: give the prompt as an argument")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as e:
@@ -426,7 +449,11 @@ def _stdin() -> str:
 
 def main() -> None:
     """The program: `cli`, with a Unix tool's manners towards signals."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written output is removed
+    for name, code in (("SIGTERM", 143), ("SIGHUP", 129)):  # so that half-written output is removed
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_, code=code: sys.exit(code))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without our characters is no reason to fail
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:

@@ -1,11 +1,12 @@
 """Checkpoint -> (quantize) -> exporter -> bundle: the one place that composes them."""
 
+import hashlib
 import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import __version__
-from .bundle import FORMAT, MANIFEST, dump_manifest, read_bundle, sha256_of, tensor_entry
-from .checkpoints import QUANTIZED, Checkpoint, ModelId, open_checkpoint
+from .bundle import FORMAT, MANIFEST, dump_manifest, read_bundle, sha256_of, tensor_entry, why_not_replace
+from .checkpoints import QUANTIZED, Checkpoint, ModelId, open_checkpoint, verify
 from .checkpoints.safetensors import header
-from .errors import ExportError, InputError, QuantizeError
+from .errors import ExportError, InputError, OutputError, QuantizeError
 from .exporters import onnx
 from .files import Record, Stored, new_directory, new_file
 from .qtensor import Plan, QTensor, Recipe
@@ -70,16 +71,20 @@ def quantize(
         name: {"shape": list(w.shape), "bits": plan[name].bits, "block": plan[name].block, "method": plan[name].method}
         for name, w in source.spec.weights.items()
     }
-    about = {"format": 1, "model_id": "0" * 64, "tensors": table}
+    about = {"format": 1, "model_id": "0" * 64, "sha256": "0" * 64, "tensors": table}
+    if output.exists() and os.path.samefile(source.path, output):
+        raise OutputError(f"{output} is the checkpoint itself: choose another output")
 
     def head() -> bytes:
         return header(entries, {QUANTIZED: json.dumps(about, separators=(",", ":"))})
 
     with new_file(output, force=force) as temporary, open(temporary, "wb") as f:
         f.write(head())
-        about["model_id"] = model_id = _write_tensors(source, plan, f, None, progress)
+        hashed = _Hashing(f)
+        about["model_id"] = model_id = _write_tensors(source, plan, hashed, None, progress)
+        about["sha256"] = hashed.sha256.hexdigest()
         f.seek(0)
-        f.write(head())  # of the same length: only the id is known later
+        f.write(head())  # of the same length: only the ids are known later
     return Written(output, output.stat().st_size, _bits_per_weight(source, plan), model_id)
 
 
@@ -111,13 +116,14 @@ def export(
     if wkv not in onnx.WKV_FORMS:
         raise ExportError(f"wkv {wkv!r} is unknown: expected one of {', '.join(onnx.WKV_FORMS)}")
     spec, plan = source.spec, _plan(source, quant, block, overrides)
+    verify(source)
     tokenizer_file, tokenizer_about = _tokenizer(source, tokenizer)
     layout = onnx.Layout(spec, plan)
     graphs = {"run": onnx.trace(spec, plan, layout, wkv=wkv, exact=False, weights_file=WEIGHTS)}
     if graphs["run"].about["arithmetic"] != "exact":
         graphs["exact"] = onnx.trace(spec, plan, layout, wkv=wkv, exact=True, weights_file=WEIGHTS)
 
-    with new_directory(output, force=force, marker=MANIFEST) as folder:
+    with new_directory(output, replaceable=why_not_replace if force else None) as folder:
         names = {"run": "model.onnx", "exact": "exact.onnx"}
         for role, graph in graphs.items():
             (folder / names[role]).write_bytes(graph.data)
@@ -197,7 +203,23 @@ def _records(file: Path, shape: Shape, r: Recipe, data_at: int, scales_at: int) 
     return packed, Record(file, scales_at, "F32", (shape[0], n_blocks))
 
 
-def _write_tensors(source: Checkpoint, plan: Plan, f: BinaryIO, layout: onnx.Layout | None, progress: Progress | None) -> str:
+class _Hashing:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, f: BinaryIO) -> None:
+        self._f, self.sha256 = f, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._f.write(data)
+        self.sha256.update(data)
+
+    def tell(self) -> int:
+        return self._f.tell()
+
+
+def _write_tensors(
+    source: Checkpoint, plan: Plan, f: "BinaryIO | _Hashing", layout: onnx.Layout | None, progress: Progress | None
+) -> str:
     """Write every tensor, in blocks of rows, to its place or, without a layout, one after the other.
 
     Returns  the model's id
@@ -228,7 +250,7 @@ def _write_tensors(source: Checkpoint, plan: Plan, f: BinaryIO, layout: onnx.Lay
     return source.known_id or digest.hexdigest()
 
 
-def _pad(f: BinaryIO, offset: int) -> None:
+def _pad(f: "BinaryIO | _Hashing", offset: int) -> None:
     assert 0 <= offset - f.tell() < 4096, "tensors are written in the order of their places"
     f.write(bytes(offset - f.tell()))
 
@@ -259,12 +281,8 @@ def _encode_rows(t: Stored, recipe: Recipe, start: int) -> _Encoded:
         if np.abs(rows).max() > np.finfo(np.float16).max:
             raise QuantizeError(f"{t.name} holds {np.abs(rows).max():g}, beyond float16: use --override '{t.name}=32'")
         half = rows.astype("<f2")
-        if not np.square(half - rows).mean() <= 1e-6 * np.square(rows).mean():
+        exact = rows.astype(np.float64)
+        if not np.square(half - exact).mean() <= 1e-6 * np.square(exact).mean():
             raise QuantizeError(f"{t.name} is too small for float16, which keeps little of it: use --override '{t.name}=32'")
         return rows, half.reshape(-1).view(np.uint8).data, None
     return rows, rows.reshape(-1).view(np.uint8).data, None
-
-
-def with_path(written: Written, path: Path) -> Written:
-    """The same, found elsewhere."""
-    return replace(written, path=path)

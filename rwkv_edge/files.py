@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,13 @@ class Stored:
 
         Raises  CheckpointError if they do not.
         """
-        if min(self.shape, default=0) < 1:
+        if any(type(n) is not int or n < 1 for n in self.shape) or not self.shape:
             raise CheckpointError(f"{self.name} has shape {self.shape}: expected sizes of 1 or more")
+        if type(self.bits) is not int or not (self.block is None or type(self.block) is int):
+            raise CheckpointError(f"{self.name} has {self.bits!r} bits in blocks of {self.block!r}: expected whole numbers")
         dtypes: tuple[str, ...]
         if self.block is None or self.scales is None:
-            expected, dtypes = [(self.data, self.shape)], ("F32", "F16", "BF16")
+            expected, dtypes = [(self.data, self.shape)], (f"F{self.bits}",)
         else:
             if self.bits not in (4, 8) or self.block not in BLOCKS or len(self.shape) != 2:
                 raise CheckpointError(f"{self.name}: {self.bits} bits in blocks of {self.block} is not a known packing")
@@ -110,6 +112,8 @@ class Stored:
         """
         if self.block is not None and self.scales is not None:
             packed, scales = self.data.rows(start, stop), self.scales.rows(start, stop)
+            if not np.isfinite(scales).all():
+                raise CheckpointError(f"{self.data.path}: a scale of {self.name} is not a finite number: the file is damaged")
             return QTensor.unpack(packed, scales, bits=self.bits, block=self.block, n_in=self.shape[1])
         # only low-rank factors are transposed: small
         x = self.data.rows(0, self.data.shape[0]).T[start:stop] if self.transposed else self.data.rows(start, stop)
@@ -136,49 +140,65 @@ def new_file(path: Path, *, force: bool) -> Iterator[Path]:
 
     Raises  OutputError if `path` exists and not `force`, or if writing fails; then nothing is left behind.
     """
-    with _new(path, force=force, kind="file") as temporary:
+    with _new(path, lambda p: refuse_file(p, force=force)) as temporary:
         yield temporary
 
 
 @contextlib.contextmanager
-def new_directory(path: Path, *, force: bool, marker: str) -> Iterator[Path]:
-    """The same for a folder. With `force`, an existing folder is replaced only if it is empty or holds `marker`."""
-    with _new(path, force=force, kind=marker) as temporary:
+def new_directory(path: Path, *, replaceable: Callable[[Path], str | None] | None) -> Iterator[Path]:
+    """The same for a folder.
+
+    replaceable  says why an existing folder may not be replaced, or None if it may; without it none may
+    """
+
+    def refuse(path: Path) -> None:
+        if path.is_dir():
+            reason = "exists: choose another output, or --force to replace it" if replaceable is None else replaceable(path)
+            if reason:
+                raise OutputError(f"{path} {reason}")
+        elif path.exists():
+            raise OutputError(f"{path} exists and is no folder: choose another output")
+
+    with _new(path, refuse) as temporary:
         temporary.mkdir()
         yield temporary
 
 
+def refuse_file(path: Path, *, force: bool) -> None:
+    """Raise OutputError if a file may not be written here."""
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise OutputError(f"{path} is no regular file: choose another output")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists: choose another output, or --force to replace it")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path.absolute().parent} is not a folder: create it first")
+
+
 @contextlib.contextmanager
-def _new(path: Path, *, force: bool, kind: str) -> Iterator[Path]:
-    path = Path(os.path.abspath(path))
-    if path.is_symlink() or path.exists():
-        if not force:
-            raise OutputError(f"{path} exists: choose another output, or --force to replace it")
-        if path.is_dir() and kind == "file":
-            raise OutputError(f"{path} is a folder: choose another output")
-        if kind != "file" and not path.is_dir():
-            raise OutputError(f"{path} is a file, not a bundle: choose another output")
-        if kind != "file" and any(path.iterdir()) and not (path / kind).is_file():
-            raise OutputError(f"{path} holds no {kind}, so it is no bundle and will not be replaced")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path.parent} is not a folder: create it first")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _new(path: Path, refuse: Callable[[Path], None]) -> Iterator[Path]:
+    path = Path(os.path.realpath(path))  # through symbolic links: what they point to is replaced, not they
+    temporary, aside = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
+        refuse(path)
+        if not path.parent.is_dir():
+            raise OutputError(f"{path.parent} is not a folder: create it first")
         yield temporary
         for file in sorted(temporary.iterdir()) if temporary.is_dir() else [temporary]:
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
-        if path.is_dir():  # a folder cannot be replaced in one step: set the old one aside
-            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+        refuse(path)  # again: the work took its time
+        if path.is_dir():  # a folder cannot be replaced in one step: set the old one aside, and back if anything happens
             path.rename(aside)
-            temporary.rename(path)
-            shutil.rmtree(aside)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                aside.rename(path)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
         else:
             os.replace(temporary, path)
     except OSError as e:
-        raise OutputError(f"cannot write {path}: {e.strerror}. Nothing was left behind") from e
+        raise OutputError(f"cannot write {path}: {e.strerror or e}") from e
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)

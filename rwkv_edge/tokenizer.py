@@ -30,8 +30,14 @@ class Tokenizer:
         self.end_of_text: int | None = next((i for i in ids if i is not None), None)
 
     def encode(self, text: str) -> list[int]:
-        """Give the ids of a text."""
-        ids: list[int] = self._t.encode(text, add_special_tokens=False).ids
+        """Give the ids of a text.
+
+        Raises  InputError if it is not Unicode text, or the tokenizer has no token for it.
+        """
+        try:
+            ids: list[int] = self._t.encode(text, add_special_tokens=False).ids
+        except Exception as e:  # the library raises Exception itself
+            raise InputError(f"the tokenizer cannot encode this text: {e}") from e
         return ids
 
     def decode(self, ids: list[int]) -> str:

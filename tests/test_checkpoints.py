@@ -1,5 +1,6 @@
 """Reading what people download: every dtype, no torch, no code run, nothing held whole, one line for what is wrong."""
 
+import os
 import pickle
 import re
 import struct
@@ -16,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_edge.checkpoints import model_id, open_checkpoint
-from rwkv_edge.convert import quantize
-from rwkv_edge.errors import CheckpointError, RwkvEdgeError
+from rwkv_edge.convert import export, quantize
+from rwkv_edge.errors import CheckpointError, OutputError, RwkvEdgeError
 from rwkv_edge.models import detect
 
 ODD = factory.weights(**factory.SHAPES["odd"])
@@ -110,10 +111,22 @@ def test_a_quantized_checkpoint_keeps_id_and_numbers(tmp_path):
             np.testing.assert_array_equal(x, y)
 
 
+def test_a_damaged_quantized_checkpoint_is_found(tmp_path):
+    written = quantize(write(tmp_path, ODD), tmp_path / "q.safetensors", quant="int4")
+    data = written.path.read_bytes()
+    written.path.write_bytes(data[:-999] + bytes([data[-999] ^ 1]) + data[-998:])
+    with pytest.raises(CheckpointError, match="is damaged: its sha256 is not the one it states"):
+        export(written.path, tmp_path / "out")
+    with pytest.raises(OutputError, match="is the checkpoint itself: choose another output"):
+        quantize(tmp_path / "model.pth", tmp_path / "model.pth", force=True)
+
+
 # --- what is refused ---
 
 
 def test_files_that_are_not_there_or_not_checkpoints(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    assert refused(tmp_path / "fifo") == f"{tmp_path / 'fifo'} is no regular file"
     assert refused(tmp_path / "none.pth") == f"{tmp_path / 'none.pth'} does not exist"
     assert refused(tmp_path) == f"{tmp_path} is a folder: give the checkpoint file in it"
     contents = {
@@ -176,25 +189,47 @@ def one_tensor(path, pickled, record=b"\0" * 64, **kwargs):
     [
         (factory.tensor_pickle("0", (100, 100), "fp32"), "does not fit its 64 bytes of data"),
         (factory.tensor_pickle("0", (4, 4), "fp32", offset=1), "does not fit its 64 bytes of data"),
-        (factory.tensor_pickle("0", (4, 4), "fp32", offset=-1), "does not fit its 64 bytes of data"),
+        (factory.tensor_pickle("0", (4, 4), "fp32", offset=-1), "describes a tensor that cannot be"),
         (factory.tensor_pickle("0", (0, 4), "fp32"), "does not fit its 64 bytes of data"),
         (factory.tensor_pickle("0", (4, 4), "fp32", stride=(1, 4)), "is not stored in row order"),
         (factory.tensor_pickle("1", (4, 4), "fp32"), "has no data in the file"),
         (factory.tensor_pickle("0", (4, 4), "fp32", storage=b"LongStorage"), "stored as LongStorage: only float32"),
-        (b"", "damaged pickle"),
-        (b"\xff\xff", "damaged pickle"),
+        (b"", "is damaged or cut short"),
+        (b"\xff\xff", "is damaged or cut short"),
     ],
 )
 def test_tensors_that_lie_about_themselves(pickled, message, tmp_path):
     assert message in refused(one_tensor(tmp_path / "m.pth", pickled))
 
 
-def test_compressed_tensors(tmp_path):
-    with zipfile.ZipFile(tmp_path / "m.pth", "w", zipfile.ZIP_DEFLATED) as z:
-        body = factory._text("emb.weight") + factory.tensor_pickle("0", (4, 4), "fp32")
-        z.writestr("archive/data.pkl", b"\x80\x02}(" + body + b"u.")
-        z.writestr("archive/data/0", b"\0" * 64)
-    assert "emb.weight is compressed: load and save it once with torch.save" in refused(tmp_path / "m.pth")
+@pytest.mark.parametrize(
+    ("squeezed", "message"),
+    [
+        ("archive/data/0", "emb.weight is compressed: load and save it once with torch.save"),
+        ("archive/data.pkl", "data.pkl has 168 bytes or is compressed: no torch checkpoint"),
+    ],
+)
+def test_compressed_records(squeezed, message, tmp_path):
+    body = factory._text("emb.weight") + factory.tensor_pickle("0", (4, 4), "fp32")
+    with zipfile.ZipFile(tmp_path / "m.pth", "w") as z:
+        for name, data in (("archive/data.pkl", b"\x80\x02}(" + body + b"u."), ("archive/data/0", b"\0" * 64)):
+            z.writestr(name, data, zipfile.ZIP_DEFLATED if name == squeezed else zipfile.ZIP_STORED)
+    assert message in refused(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02}(" + b")" + b"\x85" * 300_000 + b"Nu.",  # a nested key, whose hash would overflow the stack
+        b"\x80\x02}(N\x85" + b"2\x86" * 40 + b"Nu.",  # a key of 2**40 parts
+        b"\x80\x02}(N\x85q\x01" + b"".join(b"h%c(h%ct\x86q%c" % (i, i, i + 1) for i in range(1, 60)) + b"Nu.",
+        b"\x80\x02" + b"]" * 1_000_000 + b".",
+        b"\x80\x02" + b"(" * 1_000_000 + b".",
+    ],
+)
+def test_pickles_that_would_hang_or_crash(pickled, tmp_path):
+    factory.write_zip(tmp_path / "m.pth", pickled, {})
+    refused(tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize(
@@ -261,6 +296,9 @@ def header(entries, body=b"\0" * 64):
         (header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}), "does not fit the file"),
         (header({"a": {"dtype": "I64", "shape": [2], "data_offsets": [0, 16]}}), "is stored as I64"),
         (header({"__metadata__": 3}), "has damaged metadata"),
+        (header({"a": {"dtype": [], "shape": [2], "data_offsets": [0, 16]}}), "is stored as []"),
+        (header(b'{"a":1,"a":2}'), "a name stands in it twice"),
+        (header({n: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for n in "ab"}), "a and b overlap"),
     ],
 )
 def test_safetensors_headers_that_lie(data, message, tmp_path):

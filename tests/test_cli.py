@@ -140,6 +140,29 @@ def test_a_prompt_is_needed(bundle):
     assert found.exit_code == 1
 
 
+@pytest.mark.parametrize("command", ["export", "quantize"])
+def test_names_that_are_none(command, tmp_path):
+    for name in (".", "/", "x" * 300, str(tmp_path)):
+        found = run(command, name)
+        assert found.exit_code == 1, found.output
+        assert re.fullmatch(r"Error: .*\n", found.stderr)
+
+
+def test_a_full_stdout_is_one_line():
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m rwkv_edge.cli inspect {DEMO} > /dev/full"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "Error: output: No space left on device"
+    assert "Traceback" not in done.stderr
+
+
+def test_where_a_state_goes_is_checked_before_the_work(bundle, tmp_path):
+    found = run("run", bundle("demo", quant="int4"), "Once", "--save-state", tmp_path / "none" / "s")
+    assert (found.exit_code, found.stdout) == (1, "")
+    assert found.stderr == f"Error: {tmp_path / 'none'} is not a folder: create it first\n"
+
+
 def test_usage_errors_exit_with_two():
     for args in (["export"], ["export", "x", "--quant", "int5"], ["fly"], ["run", "x", "y", "-n", "-3"]):
         assert run(*args).exit_code == 2

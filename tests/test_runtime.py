@@ -180,6 +180,12 @@ def test_tokens_that_are_none(tokens, message, demo):
         ("a", {"top_p": 2}, "top_p 2 is not possible"),
         ("a", {"stop": "end"}, "stop is a list of texts"),
         ("a", {"stop": [""]}, "stop is a list of texts, none of them empty"),
+        ("a", {"stop": [3]}, "stop is a list of texts, none of them empty"),
+        ("a", {"stop": None}, "stop is a list of texts, none of them empty"),
+        ("a", {"max_tokens": 2.5}, "max_tokens 2.5 is not possible"),
+        ("a", {"seed": 1.5}, "seed 1.5 is not a number of the kind expected"),
+        ("a", {"temperature": "1"}, "temperature '1' is not a number"),
+        ("\ud800", {}, "the tokenizer cannot encode this text"),
     ],
 )
 def test_generations_that_cannot_be(prompt, options, message, demo):
@@ -215,6 +221,45 @@ def test_stop_texts(stop, exact):
     assert "".join(t.text for t in g) == expected
     if found:
         assert len(g) < 60
+
+
+def test_an_interrupted_prompt_is_read_again(exact, monkeypatch):
+    prompt = exact.encode(STORY * 60)[:600]
+    expected = exact.feed(prompt)[1]
+    g = exact.generate(prompt, max_tokens=3, temperature=0)
+    run, calls = g._loop._run, []
+
+    def interrupted(ids, every):
+        calls.append(len(ids))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(ids, every)
+
+    monkeypatch.setattr(g._loop, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(g)
+    state = g.state
+    assert state.n_tokens == 600
+    for n, x in expected.tensors.items():
+        np.testing.assert_array_equal(state.tensors[n], x)
+
+
+def test_the_pair_that_feed_gives_is_not_a_state(exact):
+    with pytest.raises(InputError, match="the state is a tuple: give the State that feed"):
+        exact.feed([1], exact.feed([1]))
+
+
+def test_a_state_is_saved_over_states_only(exact, tmp_path):
+    _, state = exact.feed([1, 2])
+    (tmp_path / "weights.pth").write_text("precious")
+    with pytest.raises(OutputError, match=r"weights\.pth exists and is no state file"):
+        state.save(tmp_path / "weights.pth")
+    with pytest.raises(OutputError, match="is no regular file"):
+        state.save(tmp_path)
+    assert (tmp_path / "weights.pth").read_text() == "precious"
+    state.save(tmp_path / "s")
+    exact.feed([3], state)[1].save(tmp_path / "s")
+    assert exact.load_state(tmp_path / "s").n_tokens == 3
 
 
 def test_end_of_text_ends_the_generation(exact, monkeypatch):

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +28,14 @@ class Checkpoint:
 
     tensors  canonical name -> Stored, in the order in which a step reads them
     known_id the model's id where the file states it (our own quantized checkpoints), else None
+    sha256   of such a file's data
     """
 
     path: Path
     spec: Spec
     tensors: Mapping[str, Stored]
     known_id: str | None = None
+    sha256: str | None = None
 
     @property
     def quantized(self) -> bool:
@@ -48,6 +52,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path} is a folder: give the checkpoint file in it")
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no regular file")
     try:
         with open(path, "rb") as f:
             magic = f.read(9)
@@ -89,21 +95,42 @@ def _quantized(path: Path, records: dict[str, Record], text: str) -> Checkpoint:
     """Our own quantized checkpoint: canonical names, with `{name}.scales` beside packed codes."""
     try:
         about = json.loads(text)
-        model_id, table = str(about["model_id"]), about["tensors"]
-        if about["format"] != 1:
+        model_id, table = about["model_id"], about["tensors"]
+        if type(about["format"]) is not int or about["format"] != 1:
             raise CheckpointError(f"{path} is of format {about['format']}: this release reads format 1")
+        if not re.fullmatch("[0-9a-f]{64}", model_id) or not re.fullmatch("[0-9a-f]{64}", about["sha256"]):
+            raise ValueError("an id is not 64 hexadecimal digits")
         tensors = {}
         for name, t in table.items():
             shape: Shape = tuple(t["shape"])
             scales = records[f"{name}.scales"] if t["block"] else None
             tensors[name] = Stored(name, shape, records[name], False, t["bits"], t["block"], scales, t["method"])
             tensors[name].validate()
+            if t["method"] not in (None, "rtn") or (t["method"] is None) != (t["block"] is None):
+                raise ValueError(f"{name} was quantized by {t['method']!r}")
         spec: Spec = detect(tensors).spec({name: t.shape for name, t in tensors.items()})
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+        wrong = next((n for n, w in spec.weights.items() if w.kind == "vector" and tensors[n].bits != 32), None)
+        if wrong:
+            raise ValueError(f"{wrong} is a vector of {tensors[wrong].bits} bits")
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from e
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, RecursionError) as e:
         raise CheckpointError(f"{path}: its table of quantized tensors is damaged ({e!r})") from e
-    return Checkpoint(path, spec, {name: tensors[name] for name in spec.weights}, model_id)
+    return Checkpoint(path, spec, {name: tensors[name] for name in spec.weights}, model_id, about["sha256"])
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Compare a quantized checkpoint's data with the sha256 it states; other checkpoints state none.
+
+    Raises  CheckpointError if they differ.
+    """
+    if checkpoint.sha256 is None:
+        return
+    with open(checkpoint.path, "rb") as f:
+        (n,) = struct.unpack("<Q", f.read(8))
+        f.seek(8 + n)
+        if hashlib.file_digest(f, "sha256").hexdigest() != checkpoint.sha256:
+            raise CheckpointError(f"{checkpoint.path} is damaged: its sha256 is not the one it states. Quantize it again")
 
 
 class ModelId:
@@ -123,8 +150,12 @@ class ModelId:
 
 
 def model_id(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
-    """Identify the model, reading every weight once."""
+    """Identify the model, reading every weight once.
+
+    Raises  CheckpointError if a weight is not finite, or a quantized checkpoint is damaged.
+    """
     if checkpoint.known_id is not None:
+        verify(checkpoint)
         return checkpoint.known_id
     total, done, digest = checkpoint.spec.n_parameters, 0, ModelId()
     for name, t in checkpoint.tensors.items():

@@ -1,31 +1,44 @@
 """torch's zip files, without torch: a directory of raw records and a small pickle that describes them.
 
-The pickle is read by an unpickler that knows a handful of names and resolves nothing else, so a file can run no code.
+The pickle is not unpickled. Its opcodes are read by a machine that knows dictionaries, tuples, numbers, text and four names,
+so that a file can run no code, and cannot hang or fill the memory either.
 Source: pytorch, torch/serialization.py, and torch/_utils.py _rebuild_tensor_v2
 """
 
-import pickle
+import pickletools
 import struct
 import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import CheckpointError
 from ..files import DTYPES, Record
 from ..spec import Shape
 
 _STORAGES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
-_MAX_PICKLE = 1 << 28  # a 14B checkpoint's pickle is 200 kB
+_MAX_PICKLE = 1 << 24  # a 14B checkpoint's pickle is 200 kB
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name of Python's that the pickle asks for, such as torch._utils._rebuild_tensor_v2."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: str
+    key: str
 
 
 @dataclass(frozen=True)
 class _View:
     """A tensor as the pickle describes it: part of one of the file's records."""
 
-    dtype: str
-    key: str
+    storage: _Storage
     offset: int
     shape: Shape
     stride: Shape
@@ -37,86 +50,165 @@ def read_pth(path: Path) -> dict[str, Record]:
     Raises  CheckpointError if the file is no torch zip, is damaged, or its pickle asks for anything but tensors.
     """
     try:
-        with zipfile.ZipFile(path) as z:
-            pickles = [i for i in z.infolist() if i.filename.endswith("/data.pkl") or i.filename == "data.pkl"]
+        with zipfile.ZipFile(path) as z, open(path, "rb") as f:
+            entries = {i.filename: i for i in z.infolist()}
+            pickles = [n for n in entries if n == "data.pkl" or n.endswith("/data.pkl")]
             if len(pickles) != 1:
                 raise CheckpointError(f"a zip file, but no torch checkpoint: it has {len(pickles)} data.pkl")
-            if pickles[0].file_size > _MAX_PICKLE:
-                raise CheckpointError(f"its pickle has {pickles[0].file_size} bytes, which no checkpoint needs")
-            root = pickles[0].filename.removesuffix("data.pkl")
-            if root + "byteorder" in z.namelist() and z.read(root + "byteorder") != b"little":
+            root = pickles[0].removesuffix("data.pkl")
+            for name, most in ((pickles[0], _MAX_PICKLE), (root + "byteorder", 16)):
+                if name in entries and (entries[name].compress_type or entries[name].file_size > most):
+                    raise CheckpointError(f"{name} has {entries[name].file_size} bytes or is compressed: no torch checkpoint")
+            if root + "byteorder" in entries and z.read(root + "byteorder") != b"little":
                 raise CheckpointError("saved on a big-endian machine, which is not supported")
-            with z.open(pickles[0]) as f:
-                content = _Unpickler(f).load()
-            entries = {i.filename: i for i in z.infolist()}
+            content = _read_pickle(z.read(pickles[0]))
+            if not isinstance(content, dict) or not any(isinstance(v, _View) for v in content.values()):
+                raise CheckpointError("it holds no tensors by name: it is not an RWKV checkpoint")
+            views = {str(name): v for name, v in content.items() if isinstance(v, _View)}
+            return {name: _locate(path, f, entries, f"{root}data/", name, view) for name, view in views.items()}
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
-    except zipfile.BadZipFile as e:
-        raise CheckpointError(f"{path} is damaged or cut short: {e}. Download it again") from e
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
-    except Exception as e:  # a damaged pickle can raise anything
-        raise CheckpointError(f"{path} has a damaged pickle ({type(e).__name__}: {e}). Download it again") from e
-    if not isinstance(content, dict) or not any(isinstance(v, _View) for v in content.values()):
-        raise CheckpointError(f"{path} holds no tensors by name: it is not an RWKV checkpoint")
-    with open(path, "rb") as f:
-        return {
-            str(name): _locate(path, f, entries, f"{root}data/", str(name), view)
-            for name, view in content.items()
-            if isinstance(view, _View)
-        }
+    except Exception as e:  # a damaged file can raise anything, in the zipfile module and below
+        raise CheckpointError(f"{path} is damaged or cut short ({type(e).__name__}: {e}). Download it again") from e
 
 
-def _locate(path: Path, f: Any, entries: dict[str, zipfile.ZipInfo], root: str, name: str, view: _View) -> Record:
-    entry = entries.get(root + view.key)
+def _locate(path: Path, f: BinaryIO, entries: dict[str, zipfile.ZipInfo], folder: str, name: str, view: _View) -> Record:
+    dtype, entry = view.storage.dtype, entries.get(folder + view.storage.key)
     if entry is None:
-        raise CheckpointError(f"{path}: {name} has no data in the file. Download it again")
+        raise CheckpointError(f"{name} has no data in the file. Download it again")
     if entry.compress_type != zipfile.ZIP_STORED:
-        raise CheckpointError(f"{path}: {name} is compressed: load and save it once with torch.save")
-    expected, n = [], 1
+        raise CheckpointError(f"{name} is compressed: load and save it once with torch.save")
+    expected: list[int] = []
+    n = 1
     for size in reversed(view.shape):
-        expected.append(n)
+        expected.insert(0, n)
         n *= size
-    if any(s != e for s, e, size in zip(view.stride, reversed(expected), view.shape, strict=True) if size > 1):
-        raise CheckpointError(f"{path}: {name} is not stored in row order: save it once as tensor.contiguous()")
-    itemsize = DTYPES[view.dtype].itemsize
+    if len(view.stride) != len(expected) or any(
+        s != e for s, e, size in zip(view.stride, expected, view.shape, strict=True) if size > 1
+    ):
+        raise CheckpointError(f"{name} is not stored in row order: save it once as tensor.contiguous()")
+    itemsize = DTYPES[dtype].itemsize
     if view.offset < 0 or n < 1 or (view.offset + n) * itemsize > entry.file_size:
-        raise CheckpointError(f"{path}: {name} of shape {view.shape} does not fit its {entry.file_size} bytes of data")
-    f.seek(entry.header_offset + 26)  # the local header's own lengths: they differ from the directory's
-    n_name, n_extra = struct.unpack("<HH", f.read(4))
+        raise CheckpointError(f"{name} of shape {view.shape} does not fit its {entry.file_size} bytes of data")
+    f.seek(entry.header_offset)
+    header = f.read(30)
+    n_name, n_extra = struct.unpack("<HH", header[26:])  # the local header's own lengths: they differ from the directory's
+    if header[:4] != b"PK\3\4" or f.read(n_name) != (folder + view.storage.key).encode():
+        raise CheckpointError(f"{name} is not where the directory says. Download it again")
     start = entry.header_offset + 30 + n_name + n_extra
-    return Record(path, start + view.offset * itemsize, view.dtype, view.shape)
+    return Record(path, start + view.offset * itemsize, dtype, view.shape)
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        found = _ALLOWED.get((module, name))
-        if found is None:
-            if module == "torch" and name.endswith("Storage"):
-                raise CheckpointError(f"a tensor is stored as {name}: only float32, float16 and bfloat16 can be read")
-            raise CheckpointError(f"the file's pickle asks for {module}.{name}, which no weights need: it may be malicious")
-        return found
+def _read_pickle(data: bytes) -> Any:
+    """Read a pickle's opcodes: dictionaries, lists, tuples, numbers, text, and tensors."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, Any] = {}
 
-    def persistent_load(self, pid: Any) -> tuple[str, str]:
-        _, dtype, key, *_ = pid
-        return dtype, str(key)
+    def pop_mark() -> list[Any]:
+        at = marks.pop()
+        items = stack[at:]
+        del stack[at:]
+        return items
+
+    def put(items: list[Any]) -> None:
+        """Add pairs to the dictionary on the stack."""
+        target = stack[-1]
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(target, dict) or not isinstance(key, str | int):
+                raise CheckpointError(f"its pickle has a dictionary by {type(key).__name__}: it is no checkpoint of weights")
+            target[key] = value
+
+    for op, arg, _ in pickletools.genops(data):
+        match op.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                marks.append(len(stack))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[op.name])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
+                stack.append(arg)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[arg] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[arg])
+            case "TUPLE":
+                stack.append(tuple(pop_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                n = int(op.name[-1])
+                stack[-n:] = [tuple(stack[-n:])]
+            case "APPEND":
+                value = stack.pop()
+                stack[-1].append(value)
+            case "APPENDS":
+                items = pop_mark()
+                stack[-1].extend(items)
+            case "SETITEM":
+                items = stack[-2:]
+                del stack[-2:]
+                put(items)
+            case "SETITEMS":
+                put(pop_mark())
+            case "GLOBAL":
+                stack.append(_name(*str(arg).split(" ", 1)))
+            case "STACK_GLOBAL":
+                module, name = stack[-2:]
+                stack[-2:] = [_name(module, name)]
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "REDUCE":
+                args = stack.pop()
+                stack.append(_call(stack.pop(), args))
+            case "BUILD":
+                stack.pop()  # attributes of a dictionary, such as its _metadata
+            case "STOP":
+                return stack.pop()
+            case _:
+                raise CheckpointError(f"its pickle does {op.name}, which no weights need: it may be malicious")
+    raise CheckpointError("its pickle is cut short. Download it again")
 
 
-def _rebuild_tensor(storage: tuple[str, str], offset: int, shape: Any, stride: Any, *rest: Any) -> _View:
-    dtype, key = storage
-    if dtype not in DTYPES:
-        raise ValueError(f"storage {dtype!r}")
-    return _View(dtype, key, int(offset), tuple(int(s) for s in shape), tuple(int(s) for s in stride))
-
-
-def _rebuild_parameter(data: Any, *rest: Any) -> Any:
-    return data
-
-
-_ALLOWED = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+_NAMES = {
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    *(("torch", storage) for storage in _STORAGES),
 }
+
+
+def _name(module: str, name: str) -> _Name:
+    if (module, name) not in _NAMES:
+        if module == "torch" and str(name).endswith("Storage"):
+            raise CheckpointError(f"a tensor is stored as {name}: only float32, float16 and bfloat16 can be read")
+        raise CheckpointError(f"its pickle asks for {module}.{name}, which no weights need: it may be malicious")
+    return _Name(module, name)
+
+
+def _storage(pid: Any) -> _Storage:
+    _, kind, key, *_ = pid
+    return _Storage(_STORAGES[kind.name], str(key))
+
+
+def _call(name: Any, args: Any) -> Any:
+    match name:
+        case _Name(name="OrderedDict"):
+            return dict(args[0]) if args else {}
+        case _Name(name="_rebuild_parameter"):
+            return args[0]
+        case _Name(name="_rebuild_tensor_v2"):
+            storage, offset, shape, stride, *_ = args
+            if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in (offset, *shape, *stride)):
+                raise CheckpointError("its pickle describes a tensor that cannot be. Download it again")
+            return _View(storage, offset, tuple(shape), tuple(stride))
+    raise CheckpointError(f"its pickle calls {name}, which no weights need: it may be malicious")

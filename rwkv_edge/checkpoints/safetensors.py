@@ -4,6 +4,7 @@ The safetensors package reads whole tensors into memory, and numpy has no bfloat
 Source: github.com/huggingface/safetensors, README, "Format"
 """
 
+import itertools
 import json
 import math
 import struct
@@ -30,7 +31,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
             n = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
             if not 2 <= n <= min(_MAX_HEADER, size - 8):
                 raise CheckpointError(f"{path} has a header of {n} bytes in a file of {size}: it is damaged or cut short")
-            header = json.loads(f.read(n))
+            header = json.loads(f.read(n), object_pairs_hook=_unique)
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
@@ -40,7 +41,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{path} has damaged metadata")
-    return {name: _record(path, 8 + n, size, name, t) for name, t in header.items()}, metadata
+    records = {name: _record(path, 8 + n, size, name, t) for name, t in header.items()}
+    ordered = sorted(records.items(), key=lambda item: item[1].offset)
+    for (a, first), (b, second) in itertools.pairwise(ordered):
+        if first.offset + first.nbytes > second.offset:
+            raise CheckpointError(f"{path}: {a} and {b} overlap: the header is damaged")
+    return records, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return dict(pairs)
 
 
 def _record(path: Path, base: int, size: int, name: str, entry: Any) -> Record:
@@ -49,7 +61,7 @@ def _record(path: Path, base: int, size: int, name: str, entry: Any) -> Record:
         ok = all(type(v) is int and v >= 0 for v in (start, stop, *shape))
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path}: the header's entry for {name} is damaged") from e
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{path}: {name} is stored as {dtype}: only F32, F16, BF16 and our own U8 can be read")
     if not ok or stop - start != math.prod(shape) * DTYPES[dtype].itemsize or base + stop > size or stop == start:
         raise CheckpointError(f"{path}: {name} of shape {list(shape)} does not fit the file: it is damaged or cut short")

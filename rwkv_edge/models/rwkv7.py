@@ -181,7 +181,7 @@ def spec(shapes: Mapping[str, Shape]) -> Spec:
     H, N = _shape(shapes, "blocks.0.att.r_k", 2)
     V, C = _shape(shapes, "emb.weight", 2)
     n_ffn, _ = _shape(shapes, "blocks.0.ffn.key.weight", 2)
-    n_layer = 1 + max((int(n.split(".")[1]) for n in shapes if n.startswith("blocks.")), default=0)
+    n_layer = len({n.split(".")[1] for n in shapes if n.startswith("blocks.")})  # 0 to n - 1, or one is missing below
     weights: dict[str, Weight] = {}
 
     def expect(name: str, shape: Shape, kind: Kind = "vector") -> None:

@@ -1,7 +1,7 @@
 """Text as it comes: a prompt read in chunks, then one token at a time."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ class Stats:
 
 
 class Generation:
-    """An iterator over tokens.
+    """An iterator over tokens, for one thread at a time.
 
     Ends at max_tokens, at the end of text (whose token is the last one given), or at a stop text (which is not part of
     any token's text).
@@ -58,16 +58,20 @@ class Generation:
         stop: Sequence[str],
         end_of_text: int | None,
     ) -> None:
-        if max_tokens is not None and max_tokens < 0:
-            raise InputError(f"max_tokens {max_tokens} is not possible: expected 0 or more")
-        if isinstance(stop, str) or not all(stop):
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 0):
+            raise InputError(f"max_tokens {max_tokens!r} is not possible: expected 0 or more, or None")
+        if isinstance(stop, str) or not isinstance(stop, Iterable):
             raise InputError("stop is a list of texts, none of them empty")
-        self.stats = Stats(n_prompt=len(prompt))
+        stop = tuple(stop)
+        if not all(isinstance(s, str) and s for s in stop):
+            raise InputError("stop is a list of texts, none of them empty")
+        self.stats = Stats()
         self._model, self._prompt, self._max_tokens = model, prompt, max_tokens
         self._sampling, self._end_of_text = sampling, end_of_text
         self._rng = np.random.default_rng(sampling.seed)
         self._loop = Loop(model)
         self._loop.load(state)
+        self._first = state
         self._logits: np.ndarray | None = None
         self._unread: int | None = None  # the last token given: the state has it once it is asked for or continued
         self._text = _Text(model, prompt, stop)
@@ -113,7 +117,10 @@ class Generation:
         start = time.perf_counter()
         if self._logits is None:
             with self._model._lock:
+                self._loop.load(self._first)  # again: an interrupt may have left it inside the prompt
                 self._logits = self._loop.read(self._prompt)[0]
+            self._first = None
+            self.stats.n_prompt = len(self._prompt)
             self.stats.prefill_s += time.perf_counter() - start
         elif self._unread is not None:
             with self._model._lock:

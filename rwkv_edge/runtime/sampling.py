@@ -28,6 +28,9 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("temperature", (int, float)), ("top_p", (int, float)), ("seed", (int, type(None)))):
+            if not isinstance(getattr(self, name), kind):
+                raise InputError(f"{name} {getattr(self, name)!r} is not a number of the kind expected")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise InputError(f"temperature {self.temperature} is not possible: expected 0 or more")
         if not 0 < self.top_p <= 1:

@@ -102,7 +102,7 @@ class Model:
     def encode(self, text: str) -> list[int]:
         """Give the token ids of a text.
 
-        Raises  InputError if the bundle has no tokenizer.
+        Raises  InputError if the bundle has no tokenizer, or it cannot encode the text.
         """
         if self.tokenizer is None:
             raise InputError(f"{self.bundle.path} has no tokenizer: give token ids, or export with --tokenizer")
@@ -132,7 +132,10 @@ class Model:
 
 
 class Loop:
-    """Two private sets of state buffers that the step swaps, and the bindings of both directions."""
+    """Two private sets of state buffers that the step swaps, and the bindings of both directions.
+
+    n_tokens  that the current state has read
+    """
 
     def __init__(self, model: Model) -> None:
         import onnxruntime as ort
@@ -153,7 +156,6 @@ class Loop:
                 binding.bind_ortvalue_output(f"{name}.out", self._value(self._sets[b][name]))
             self._bindings.append(binding)
         self._at = 0
-        self._n_tokens = 0
         # decoding: bound once, used for every token
         self._one = np.zeros(1, np.int64), np.zeros(1, np.int64), np.empty((1, self._spec.n_vocab), np.float32)
         self._one_bound = [False, False]
@@ -164,12 +166,17 @@ class Loop:
 
     def load(self, state: State | None) -> None:
         """Begin from a state, or from the first one."""
+        if state is not None and not isinstance(state, State):
+            raise InputError(f"the state is a {type(state).__name__}: give the State that feed, generate or load_state gave")
         if state is not None and state.model_id != self._model.bundle.model_id:
             raise StateError(
                 f"the state belongs to another model ({state.model_id[:12]}), not to this one "
                 f"({self._model.bundle.model_id[:12]})"
             )
-        self._n_tokens = 0 if state is None else state.n_tokens
+        shapes = {name: t.shape for name, t in self._spec.state_tensors.items()}
+        if state is not None and {n: x.shape for n, x in state.tensors.items()} != shapes:
+            raise StateError("the state's tensors are not those of this model")
+        self.n_tokens = 0 if state is None else state.n_tokens
         for name, t in self._spec.state_tensors.items():
             buffer = self._buffer(name)
             buffer[...] = t.first if state is None else state.tensors[name]
@@ -177,7 +184,7 @@ class Loop:
     def state(self) -> State:
         """Copy the state out."""
         tensors = {name: self._buffer(name).copy(order="C") for name in self._spec.state_tensors}
-        return State(self._model.bundle.model_id, self._n_tokens, tensors)
+        return State(self._model.bundle.model_id, self.n_tokens, tensors)
 
     def _buffer(self, name: str) -> Array:
         """The current buffer as the state's document has it: a view."""
@@ -231,7 +238,10 @@ class Loop:
         except Exception as e:  # onnxruntime's errors are of several unrelated classes
             raise BackendError(f"onnxruntime failed: {_first_line(e)}") from e
         self._at ^= 1
-        self._n_tokens += n_tokens
+        self.n_tokens += n_tokens
+
+
+MAX_THREADS = 256
 
 
 def _session(file: Path, needs: Mapping[str, str], threads: int | None, spin: bool) -> Any:
@@ -241,8 +251,9 @@ def _session(file: Path, needs: Mapping[str, str], threads: int | None, spin: bo
         raise BackendError(f"onnxruntime cannot be imported ({e}): pip install onnxruntime") from e
     if _version(ort.__version__) < _version(needs["onnxruntime"]):
         raise BackendError(f"the bundle needs onnxruntime {needs['onnxruntime']}, this is {ort.__version__}: update it")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads {threads} is not possible: expected 1 or more")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+        raise InputError(f"threads {threads!r} is not possible: expected 1 to {MAX_THREADS}")
+    ort.disable_telemetry_events()  # nothing here speaks to anybody
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..errors import StateError
-from ..files import new_file
+from ..errors import OutputError, StateError
+from ..files import new_file, refuse_file
 from ..spec import Spec
 
 _KEY = "rwkv-edge state"
@@ -38,10 +39,11 @@ class State:
             x.setflags(write=False)
 
     def save(self, path: str | Path, *, half: bool = False) -> None:
-        """Write a safetensors file, replacing one of that name; in float16 with `half`.
+        """Write a safetensors file, replacing a state file of that name and nothing else; in float16 with `half`.
 
         Raises  OutputError if it cannot be written; StateError if it does not fit float16.
         """
+        refuse_output(path)
         tensors = {}
         for name, x in self.tensors.items():
             if half and np.abs(x).max() > np.finfo(np.float16).max:
@@ -52,28 +54,45 @@ class State:
             temporary.write_bytes(save(tensors, metadata={_KEY: json.dumps(about)}))
 
 
+def refuse_output(path: str | Path) -> None:
+    """Raise OutputError if a state cannot be saved here: only a state file is replaced."""
+    path = Path(path)
+    refuse_file(path, force=True)
+    if path.exists() and _about(path)[0] is None:
+        raise OutputError(f"{path} exists and is no state file: choose another output")
+
+
+def _about(path: str | Path) -> tuple[Any, dict[str, npt.NDArray[Any]]]:
+    """What a file says of its state, None if it is no state file; and its tensors."""
+    if not Path(path).is_file():
+        return None, {}
+    try:
+        with safe_open(str(path), framework="numpy") as f:
+            about = json.loads((f.metadata() or {})[_KEY])
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (no dict)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError):
+        return None, {}
+    return about, tensors
+
+
 def load_state(path: str | Path, *, model_id: str, spec: Spec) -> State:
     """Read a state that `State.save` has written.
 
     Raises  StateError if it is missing, damaged, no state, or of another model.
     """
+    if not Path(path).exists():
+        raise StateError(f"{path} does not exist")
+    about, tensors = _about(path)
     try:
-        with safe_open(str(path), framework="numpy") as f:
-            metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (no dict)
-    except FileNotFoundError as e:
-        raise StateError(f"{path} does not exist") from e
-    except (OSError, SafetensorError, ValueError, TypeError) as e:
-        raise StateError(f"{path} is damaged or not a state file: {e}") from e
-    try:
-        about = json.loads(metadata[_KEY])
-        n_tokens, digest, of = int(about["n_tokens"]), about["sha256"], about["model_id"]
-    except (KeyError, ValueError, TypeError) as e:
-        raise StateError(f"{path} is not a state file of rwkv-edge") from e
+        n_tokens, digest, of = about["n_tokens"], about["sha256"], about["model_id"]
+    except (KeyError, TypeError) as e:
+        raise StateError(f"{path} is damaged or not a state file") from e
     if of != model_id:
-        raise StateError(f"{path} belongs to another model ({of[:12]}), not to this one ({model_id[:12]})")
+        raise StateError(f"{path} belongs to another model ({str(of)[:12]}), not to this one ({model_id[:12]})")
     shapes = {name: t.shape for name, t in spec.state_tensors.items()}
-    if {name: x.shape for name, x in tensors.items()} != shapes or digest != _digest(tensors):
+    sound = {name: x.shape for name, x in tensors.items()} == shapes and digest == _digest(tensors)
+    sound = sound and all(x.dtype in (np.float16, np.float32) and np.isfinite(x).all() for x in tensors.values())
+    if not sound or type(n_tokens) is not int or not 0 <= n_tokens < 1 << 63:
         raise StateError(f"{path} is damaged: its tensors are not the ones that were saved")
     return State(model_id, n_tokens, {name: tensors[name].astype(np.float32) for name in shapes})
 
