@@ -12,10 +12,10 @@ WIDTH = 100
 def page() -> str:
     """The page: every command's help as it is printed."""
     parts = ["# Commands\n\nMade from `--help` by `make docs`.\n"]
-    with click.Context(cli, info_name="rwkv-edge", max_content_width=WIDTH, terminal_width=WIDTH) as top:
+    with click.Context(cli, info_name="rwkv-edge", terminal_width=WIDTH, **cli.context_settings) as top:
         parts.append(f"```\n{cli.get_help(top)}\n```\n")
         for name, command in cli.commands.items():
-            with click.Context(command, info_name=name, parent=top, max_content_width=WIDTH, terminal_width=WIDTH) as ctx:
+            with click.Context(command, info_name=name, parent=top, terminal_width=WIDTH) as ctx:
                 parts.append(f"## {name}\n\n```\n{command.get_help(ctx)}\n```\n")
     return "\n".join(parts)
 

@@ -86,7 +86,7 @@ def test_the_whole_way(tmp_path):
     spoken = run("run", tmp_path / "model-int4", "Once upon a time", "-n", 12, "-t", 0)
     assert spoken.stdout == ", there was a little girl named Lily. She loved to\n"
     assert re.fullmatch(
-        r"read 4 tokens at \d+ tok/s, wrote 12 at \d+ tok/s \([\d.]+ GB/s\), loaded in [\d.]+ s, peak memory [\d.]+ MB\n",
+        r"read 4 tokens at \d+ tok/s, wrote 12 at \d+ tok/s \([\d.]+ GB/s\), loaded in [\d.]+ s, peak memory [\d.]+ [MG]B\n",
         spoken.stderr,
     )
 
