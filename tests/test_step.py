@@ -113,6 +113,44 @@ def test_no_part_of_the_maths_can_change_unseen(line, mutant, weights, golden, m
     assert worst > 4 * REFERENCE
 
 
+FORM_MUTATIONS = [
+    ("chunk", "q = kk * F.exp(ln_c - ln_w)", "q = kk * F.exp(ln_c)"),
+    ("chunk", "k = k * inverse_c", "k = k"),
+    ("chunk", "b = kk * a * inverse_c", "b = kk * inverse_c"),
+    ("chunk", "r = r * F.exp(ln_c)", "r = r * F.exp(ln_c - ln_w)"),
+    ("chunk", "F.tril(q @ t(b), -1)", "F.tril(q @ t(b), 0)"),
+    ("chunk", "F.tril(q @ t(k), -1)", "F.tril(q @ t(k), 0)"),
+    ("chunk", "F.tril(r @ t(k), 0)", "F.tril(r @ t(k), -1)"),
+    ("chunk", "- F.tril(r @ t(b), 0) @ U", "+ F.tril(r @ t(b), 0) @ U"),
+    ("chunk", "(q @ t(S) +", "(q @ S +"),
+    ("chunk", "S = (S + t(v) @ k - t(U) @ b)", "S = (S + t(v) @ k + t(U) @ b)"),
+    ("chunk", "F.exp(F.last_token(ln_c))", "F.exp(F.last_token(ln_w))"),
+    ("linear_attention", "(ln_w - ln_a) * 0.5, (ln_w + ln_a) * 0.5", "(ln_w - ln_a) * 0.5, (ln_w - ln_a) * 0.5"),
+    ("linear_attention", "kk * F.exp(-d_erase)", "kk * F.exp(d_erase)"),
+    ("linear_attention", "v * 2.0**44", "v * 2.0**43"),
+    ("linear_attention", "beta=(1.0, 2.0**-44)", "beta=(0.9, 2.0**-44)"),
+    ("linear_attention", "F.interleave(d_erase, d_write)", "F.interleave(d_write, d_erase)"),
+    ("linear_attention", "F.interleave(F.fill_like(r, 0.0), r)", "F.interleave(r, F.fill_like(r, 0.0))"),
+    ("linear_attention", "F.maximum(a, 1e-9)", "F.maximum(a, 0.5)"),
+]
+
+
+@pytest.mark.parametrize(("form", "line", "mutant"), FORM_MUTATIONS, ids=[m[2] for m in FORM_MUTATIONS])
+def test_no_part_of_a_form_can_change_unseen(form, line, mutant, weights, monkeypatch):
+    source = Path(rwkv7.__file__).read_text()
+    assert line in source
+    mutated = types.ModuleType("rwkv_edge.models.mutated")
+    mutated.__package__ = "rwkv_edge.models"
+    exec(compile(source.replace(line, mutant), "mutated", "exec"), mutated.__dict__)
+    spec, W = weights("odd")
+    ids = factory.tokens(30, spec.n_vocab)
+    _, before = run_reference(spec, W, ids, dtype=np.float64)
+    expected, after = run_reference(spec, W, ids, before, dtype=np.float64)
+    monkeypatch.setattr(check, "model_of", lambda version: mutated)
+    logits, state = run_reference(spec, W, ids, before, wkv_form=form, dtype=np.float64)
+    assert max(apart(logits, expected), *(apart(x, after[n]) for n, x in state.items())) > 1000 * FORMS
+
+
 def test_parameters_are_counted_as_officially(weights):
     # RWKV-7 0.1B: 191,034,624, layer 0's unused v0 v1 v2 left out
     C, L, V, ranks = 768, 12, 65536, {"w": 64, "a": 64, "v": 32, "g": 128}
