@@ -162,7 +162,7 @@ class Numpy:
         return np.tril(x, k)
 
     def invert_unit_lower(self, A: Array) -> Array:
-        """(I + A)^-1 for strictly lower triangular A, (1, H, T, T), by doubling the inverted diagonal blocks."""
+        """(I + tril(A, -1))^-1, (1, H, T, T), by doubling the inverted diagonal blocks."""
         T = A.shape[-1]
         i = np.arange(T)
         X = np.broadcast_to(np.eye(T, dtype=A.dtype), A.shape)

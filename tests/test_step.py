@@ -118,7 +118,7 @@ FORM_MUTATIONS = [
     ("chunk", "k = k * inverse_c", "k = k"),
     ("chunk", "b = kk * a * inverse_c", "b = kk * inverse_c"),
     ("chunk", "r = r * F.exp(ln_c)", "r = r * F.exp(ln_c - ln_w)"),
-    ("chunk", "F.tril(q @ t(b), -1)", "F.tril(q @ t(b), 0)"),
+    ("chunk", "F.invert_unit_lower(q @ t(b))", "F.invert_unit_lower(q @ t(k))"),
     ("chunk", "F.tril(q @ t(k), -1)", "F.tril(q @ t(k), 0)"),
     ("chunk", "F.tril(r @ t(k), 0)", "F.tril(r @ t(k), -1)"),
     ("chunk", "- F.tril(r @ t(b), 0) @ U", "+ F.tril(r @ t(b), 0) @ U"),

@@ -137,7 +137,7 @@ def wkv_chunk(F: Any, S: Any, r: Any, ln_w: Any, k: Any, v: Any, kk: Any, a: Any
     b = kk * a * inverse_c
     r = r * F.exp(ln_c)
 
-    inverse = F.invert_unit_lower(F.tril(q @ t(b), -1))
+    inverse = F.invert_unit_lower(q @ t(b))
     U = inverse @ (q @ t(S) + F.tril(q @ t(k), -1) @ v)
     Y = r @ t(S) + F.tril(r @ t(k), 0) @ v - F.tril(r @ t(b), 0) @ U
     S = (S + t(v) @ k - t(U) @ b) * F.exp(F.last_token(ln_c))
