@@ -59,7 +59,9 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     """
     path = Path(path)
     if not path.is_dir():
-        raise BundleError(f"{path} is not {'a folder' if path.exists() else 'there'}: a bundle is a folder with a {MANIFEST}")
+        if path.is_file():
+            raise BundleError(f"{path} is a file, and a bundle is a folder: export the checkpoint first")
+        raise BundleError(f"{path} is not there: a bundle is a folder with a {MANIFEST}")
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except FileNotFoundError as e:

@@ -81,6 +81,7 @@ class Row:
 class Report:
     """What `check` found.
 
+    limits    what is allowed: exact_max, exact_state, int8_rms
     rounding  how far numpy's float32 step is from the float64 reference: the measure of what a graph may be off
     weights   the numpy reference on the bundle's weights against the checkpoint: the cost of quantization alone, or None
     """
@@ -88,6 +89,7 @@ class Report:
     bundle: Path
     n_tokens: int
     rows: tuple[Row, ...]
+    limits: dict[str, float]
     rounding: Difference
     weights: Difference | None
 
@@ -126,6 +128,8 @@ def check(
         raise InputError(f"{n_tokens} tokens cannot be compared: expected 2 to {MAX_TOKENS}")
     b = read_bundle(bundle)
     source = open_checkpoint(against) if against else None
+    if source and source.quantized:
+        raise CheckpointError(f"{against} is quantized itself: give the original checkpoint to measure the cost")
     roles = [str(g["role"]) for g in b.manifest["graphs"]]
     total, done = 2 + 2 * len(roles) + (2 if source else 0), 0
 
@@ -157,7 +161,7 @@ def check(
     for role in roles:
         model, graph = Model(b, threads=threads, role=role), b.graph(role)
         exact = graph["arithmetic"] == "exact"
-        for size in (1, min(graph["T"], n_tokens)):
+        for size in dict.fromkeys((1, min(graph["T"], n_tokens))):
             fed = f"{size} at a time"
             parts, s = [], None
             for i in range(0, n_tokens, size):
@@ -181,7 +185,8 @@ def check(
             rows.append(Row(graph["file"], graph["arithmetic"], fed, own, apart, cost, fault))
             step()
     weights = difference(reference, original) if original is not None else None
-    return Report(Path(bundle), n_tokens, tuple(rows), rounding, weights)
+    limits = {"exact_max": limit, "exact_state": state_limit, "int8_rms": INT8_RMS_LIMIT}
+    return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, weights)
 
 
 def _is_exact_but_for_accuracy(bundle: Bundle) -> bool:

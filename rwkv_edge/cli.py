@@ -5,7 +5,9 @@ import errno
 import io
 import json
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -81,10 +83,10 @@ def quant_options(default: str | None) -> Callable[[Any], Any]:
 
     def decorate(command: Any) -> Any:
         quants = click.Choice(["none", "fp16", "int8", "int4"])
-        text = "Width of the weights." + ("" if default else "  [default: none, or what a quantized checkpoint has]")
+        text = "Width of the weights." + ("" if default else "  [default: int4, or what the file has]")
         for option in (
             click.option("--override", "overrides", multiple=True, metavar="NAME=BITS[:BLOCK]", help=_OVERRIDE),
-            click.option("--block", type=click.Choice(["16", "32", "64", "128", "256"]), default="32", help=_BLOCK),
+            click.option("--block", type=click.Choice(["16", "32", "64", "128", "256"]), help=_BLOCK),
             click.option("--quant", type=quants, default=default, help=text),
         ):
             command = option(command)
@@ -93,8 +95,10 @@ def quant_options(default: str | None) -> Callable[[Any], Any]:
     return decorate
 
 
-_BLOCK = "Weights that share one scale: 32 loses least, 128 runs 1.3 times as fast."
-_OVERRIDE = "Other bits for the tensors whose names match, such as head.weight=8. May be given again."
+_BLOCK = "Weights that share one scale: fewer lose less, more are smaller and faster.  [default: 32]"
+_OVERRIDE = (
+    "4, 8, 16 or 32 bits for the tensors whose names match, such as blocks.*.ffn.*=8. May be given again: the last counts."
+)
 
 
 # --- commands ---
@@ -102,10 +106,10 @@ _OVERRIDE = "Other bits for the tensors whose names match, such as head.weight=8
 
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@quant_options("int4")
+@quant_options(None)
 @click.option("--tensors", is_flag=True, help="List every tensor; otherwise layers are summed up.")
 @json_option
-def inspect(path: Path, quant: str, block: str, overrides: tuple[str, ...], tensors: bool, as_json: bool) -> None:
+def inspect(path: Path, quant: str | None, block: str | None, overrides: tuple[str, ...], tensors: bool, as_json: bool) -> None:
     """Tell what a checkpoint or a bundle holds, and what each tensor would become.
 
     \b
@@ -114,7 +118,7 @@ def inspect(path: Path, quant: str, block: str, overrides: tuple[str, ...], tens
     """
     from .inspection import inspect as look
 
-    found = look(path, quant=quant, block=int(block), overrides=overrides)
+    found = look(path, quant=quant, block=int(block) if block else None, overrides=overrides)
     if as_json:
         _print_json(found)
         return
@@ -136,7 +140,7 @@ def inspect(path: Path, quant: str, block: str, overrides: tuple[str, ...], tens
 @force_option
 @quiet_option
 def quantize(
-    checkpoint: Path, output: Path | None, quant: str, block: str, overrides: tuple[str, ...], force: bool, quiet: bool
+    checkpoint: Path, output: Path | None, quant: str, block: str | None, overrides: tuple[str, ...], force: bool, quiet: bool
 ) -> None:
     """Write a quantized checkpoint, to export from later.
 
@@ -148,7 +152,15 @@ def quantize(
     output = output or _beside(checkpoint, f"-{quant}.safetensors")
     start = time.perf_counter()
     with _progress("quantizing", quiet) as progress:
-        written = write(checkpoint, output, quant=quant, block=int(block), overrides=overrides, force=force, progress=progress)
+        written = write(
+            checkpoint,
+            output,
+            quant=quant,
+            block=int(block) if block else None,
+            overrides=overrides,
+            force=force,
+            progress=progress,
+        )
     _say(_written(written, start), quiet)
 
 
@@ -160,7 +172,8 @@ def quantize(
     "--wkv",
     type=click.Choice(["attention", "plain", "step"]),
     default="attention",
-    help="How the recurrence is computed: by onnxruntime's own operator, by plain operations, or by these one token a call.",
+    help="How the recurrence is computed: by onnxruntime's own operator, the fastest; by plain operations; "
+    "or by plain operations that take one token a call.",
 )
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json.  [default: the one beside CHECKPOINT]")
 @force_option
@@ -169,7 +182,7 @@ def export(
     checkpoint: Path,
     output: Path | None,
     quant: str | None,
-    block: str,
+    block: str | None,
     overrides: tuple[str, ...],
     wkv: str,
     tokenizer: Path | None,
@@ -185,14 +198,14 @@ def export(
     """
     from .convert import export as write
 
-    output = output or _beside(checkpoint, f"-{quant}" if quant else "-bundle")
+    output = output or _beside(checkpoint, f"-{quant}" if quant else None)
     start = time.perf_counter()
     with _progress("exporting", quiet) as progress:
         written = write(
             checkpoint,
             output,
             quant=quant,
-            block=int(block),
+            block=int(block) if block else None,
             overrides=overrides,
             wkv=wkv,
             tokenizer=tokenizer,
@@ -200,6 +213,8 @@ def export(
             progress=progress,
         )
     _say(_written(written, start), quiet)
+    for note in written.notes:
+        _say(note, quiet)
 
 
 @cli.command()
@@ -237,7 +252,8 @@ def check(bundle: Path, against: Path | None, n_tokens: int, threads: int | None
 @click.option("-t", "--temperature", type=float, help="0 takes the most likely token.  [default: the bundle's]")
 @click.option("--top-p", type=float, help="Keep the most likely tokens up to this probability.  [default: the bundle's]")
 @click.option("--seed", type=int, help="The same seed gives the same text.")
-@click.option("--stop", multiple=True, help="End at this text. May be given again.")
+@click.option("--stop", multiple=True, help="End before this text. May be given again.")
+@click.option("--ids", is_flag=True, help="PROMPT is token ids, and token ids are printed: for bundles without a tokenizer.")
 @click.option("--load-state", type=click.Path(path_type=Path), help="Continue from a state file.")
 @click.option("--save-state", type=click.Path(path_type=Path), help="Write the state at the end to a file.")
 @threads_option
@@ -250,6 +266,7 @@ def run(
     top_p: float | None,
     seed: int | None,
     stop: tuple[str, ...],
+    ids: bool,
     load_state: Path | None,
     save_state: Path | None,
     threads: int | None,
@@ -275,11 +292,19 @@ def run(
     load_s = time.perf_counter() - start
     state = model.load_state(load_state) if load_state else None
     generation = model.generate(
-        prompt, state, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
+        _ids(prompt) if ids else prompt,
+        state,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
     )
+    if sys.stdout.isatty() and not quiet and not ids and len(prompt) < 1000:
+        _say(prompt, nl=False)
     try:
         for token in generation:
-            click.echo(token.text, nl=False)
+            click.echo(f"{token.id} " if ids else token.text, nl=False)
         if max_tokens:
             click.echo()
     finally:  # an interrupt keeps what was read
@@ -295,8 +320,7 @@ def run(
 @click.option("--seed", type=int, default=7, help="The same seed gives the same story.")
 @force_option
 @quiet_option
-@click.pass_context
-def demo(ctx: click.Context, output: Path | None, quant: str, prompt: str, seed: int, force: bool, quiet: bool) -> None:
+def demo(output: Path | None, quant: str, prompt: str, seed: int, force: bool, quiet: bool) -> None:
     """Go the whole way once: export, check and run a small model that comes along.
 
     The model has 7 million parameters and was trained on old children's books and simple stories: it can tell a story, and
@@ -305,20 +329,22 @@ def demo(ctx: click.Context, output: Path | None, quant: str, prompt: str, seed:
     with tempfile.TemporaryDirectory() as folder:
         bundle = output or Path(folder, "stories")
 
-        def step(command: click.Command, shown: str, **options: Any) -> None:
-            _say(f"\n$ rwkv-edge {shown}", quiet)
-            ctx.invoke(command, quiet=quiet, **options)
+        def step(*args: object) -> None:
+            """Run one command as a process of its own: its figures are then its own."""
+            _say(f"\n$ rwkv-edge {shlex.join(map(str, args))}", quiet)
+            done = subprocess.run([sys.executable, "-m", "rwkv_edge.cli", *map(str, args), *["-q"] * quiet])
+            if done.returncode:
+                sys.exit(done.returncode)
 
-        step(
-            export, f"export {DEMO.name} --quant {quant} -o {bundle}", checkpoint=DEMO, output=bundle, quant=quant, force=force
-        )
+        step("export", DEMO, "--quant", quant, "-o", bundle, *["--force"] * force)
         if not quiet:
-            step(check, f"check {bundle} --against {DEMO.name}", bundle=bundle, against=DEMO)
-        _say(f'\n$ rwkv-edge run {bundle} "{prompt}" --seed {seed}', quiet)
-        click.echo(prompt, nl=False)
-        ctx.invoke(run, bundle=bundle, prompt=prompt, seed=seed, quiet=quiet)
-    if output:
-        _say(f"\nThe bundle is in {output}.", quiet)
+            step("check", bundle, "--against", DEMO)
+        if quiet or not sys.stdout.isatty():  # where run itself does not show it
+            click.echo(prompt, nl=False)
+            sys.stdout.flush()
+        step("run", bundle, prompt, "--seed", seed)
+    kept = f"The bundle is in {output}." if output else "The bundle was removed: keep the next one with -o FOLDER."
+    _say(f"\n{kept}", quiet)
 
 
 @cli.command()
@@ -337,10 +363,10 @@ def completion(shell: str) -> None:
 # --- printing ---
 
 
-def _say(text: str, quiet: bool = False) -> None:
+def _say(text: str, quiet: bool = False, *, nl: bool = True) -> None:
     """A line for a person, on stderr; dim where that is a terminal, unless NO_COLOR is set."""
     if not quiet:
-        click.secho(text, err=True, dim=True, color=False if os.environ.get("NO_COLOR") else None)
+        click.secho(text, err=True, nl=nl, dim=True, color=False if os.environ.get("NO_COLOR") else None)
 
 
 def _print_json(data: Any) -> None:
@@ -378,6 +404,14 @@ def _print_report(report: Any) -> None:
     r = report.rounding
     rows.append(("numpy", "float32", "", f"{r.max_abs:.1e}", f"{r.rms:.1e}", f"{r.kl:.1e}", f"{100 * r.top1:.1f} %", "", ""))
     _table(head, rows, words=3)
+    allowed = report.limits
+    click.echo(
+        "max, rms: of the logits, in their standard deviations; KL: nats a token; state: at most, in its own deviations.\n"
+        f"Allowed: exact graphs {allowed['exact_max']:.1e} max, {allowed['exact_state']:.1e} state; with int8 activations "
+        f"{allowed['int8_rms']} rms, and the graph must\nbe the exact one but for the rounding of activations."
+    )
+    verdict = "computes its own weights" if report.ok else "does NOT compute its own weights"
+    click.echo(f"The bundle {verdict}.")
     if report.weights:
         click.echo("\nagainst the checkpoint: what quantization cost")
         costs = [("the weights alone", report.weights)]
@@ -430,12 +464,19 @@ def _progress(label: str, quiet: bool) -> Iterator[Progress | None]:
         yield lambda done, total: bar.update(1000 * done // total - bar.pos)
 
 
-def _beside(checkpoint: Path, suffix: str) -> Path:
-    """The output's name, made from the input's."""
+def _beside(checkpoint: Path, suffix: str | None) -> Path:
+    """The output's name, made from the input's: x.pth -> x-int4, and x-int4.safetensors -> x-int4."""
     from .checkpoints import open_checkpoint
 
-    open_checkpoint(checkpoint)  # what is no checkpoint may have no name either
-    return checkpoint.with_name(checkpoint.stem + suffix)
+    quantized = open_checkpoint(checkpoint).quantized  # what is no checkpoint may have no name either
+    return checkpoint.with_name(checkpoint.stem + (suffix or ("" if quantized else "-int4")))
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError as e:
+        raise InputError(f"with --ids the prompt is token ids, such as '1 2 3': {e}") from e
 
 
 def _stdin() -> str:

@@ -33,12 +33,13 @@ WEIGHTS = "weights.bin"
 
 @dataclass(frozen=True)
 class Written:
-    """What a command wrote: where, how many bytes, and how many bits a weight takes."""
+    """What a command wrote: where, how many bytes, how many bits a weight takes; notes on what may surprise."""
 
     path: Path
     nbytes: int
     bits_per_weight: float
     model_id: str
+    notes: tuple[str, ...] = ()
 
 
 def quantize(
@@ -46,7 +47,7 @@ def quantize(
     output: str | Path,
     *,
     quant: str = "int4",
-    block: int = 32,
+    block: int | None = None,
     overrides: Sequence[str] = (),
     force: bool = False,
     progress: Progress | None = None,
@@ -93,7 +94,7 @@ def export(
     output: str | Path,
     *,
     quant: str | None = None,
-    block: int = 32,
+    block: int | None = None,
     overrides: Sequence[str] = (),
     wkv: str = "attention",
     tokenizer: str | Path | None = None,
@@ -102,7 +103,7 @@ def export(
 ) -> Written:
     """Write a bundle for onnxruntime.
 
-    quant, block, overrides  see rwkv_edge.quantize.plan; a quantized checkpoint brings its own
+    quant, block, overrides  see rwkv_edge.quantize.plan; None is int4, or what a quantized checkpoint brings
     wkv        "attention" (onnxruntime's operator, the fastest), "plain" (plain operations), "step" (one token a call)
     tokenizer  a tokenizer.json; without it, the one beside the checkpoint; if there is none, the bundle has none
     progress   called with weights done and weights in all
@@ -159,14 +160,17 @@ def export(
         (folder / MANIFEST).write_bytes(dump_manifest(manifest))
         nbytes = sum(file.stat().st_size for file in folder.iterdir())
         read_bundle(folder, verify=False)  # what we write, we can read
-    return Written(output, nbytes, _bits_per_weight(source, plan), model_id)
+    notes = () if tokenizer_file else (f"no tokenizer.json beside {source.path.name}: the bundle takes and gives token ids",)
+    return Written(output, nbytes, _bits_per_weight(source, plan), model_id, notes)
 
 
-def _plan(source: Checkpoint, quant: str | None, block: int, overrides: Sequence[str]) -> Plan:
+def _plan(source: Checkpoint, quant: str | None, block: int | None, overrides: Sequence[str]) -> Plan:
     if not source.quantized:
-        return make_plan(source.spec, quant or "none", block=block, overrides=overrides)
-    if quant is not None or overrides:
-        raise QuantizeError(f"{source.path} is quantized already: give the original checkpoint, or leave --quant out")
+        return make_plan(source.spec, quant or "int4", block=block, overrides=overrides)
+    if quant is not None or block is not None or overrides:
+        raise QuantizeError(
+            f"{source.path} is quantized already: give the original checkpoint, or leave --quant, --block and --override out"
+        )
     return {name: Recipe(t.bits, t.block, t.method) for name, t in source.tensors.items()}
 
 

@@ -153,7 +153,9 @@ def new_directory(path: Path, *, replaceable: Callable[[Path], str | None] | Non
 
     def refuse(path: Path) -> None:
         if path.is_dir():
-            reason = "exists: choose another output, or --force to replace it" if replaceable is None else replaceable(path)
+            reason = (
+                "exists: choose another output (-o), or --force to replace it" if replaceable is None else replaceable(path)
+            )
             if reason:
                 raise OutputError(f"{path} {reason}")
         elif path.exists():
@@ -169,7 +171,7 @@ def refuse_file(path: Path, *, force: bool) -> None:
     if path.is_dir() or (path.exists() and not path.is_file()):
         raise OutputError(f"{path} is no regular file: choose another output")
     if path.exists() and not force:
-        raise OutputError(f"{path} exists: choose another output, or --force to replace it")
+        raise OutputError(f"{path} exists: choose another output (-o), or --force to replace it")
     if not path.absolute().parent.is_dir():
         raise OutputError(f"{path.absolute().parent} is not a folder: create it first")
 
@@ -200,5 +202,13 @@ def _new(path: Path, refuse: Callable[[Path], None]) -> Iterator[Path]:
     except OSError as e:
         raise OutputError(f"cannot write {path}: {e.strerror or e}") from e
     finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        try:
+            _remove(temporary)
+        except BaseException:  # a second interrupt: finish what the first one began
+            _remove(temporary)
+            raise
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .bundle import read_bundle
 from .checkpoints import open_checkpoint
+from .errors import QuantizeError
 from .qtensor import Recipe
 from .quantize import plan
 from .spec import Shape
@@ -57,10 +58,12 @@ class Inspection:
         )
 
 
-def inspect(path: str | Path, *, quant: str = "int4", block: int = 32, overrides: Sequence[str] = ()) -> Inspection:
+def inspect(
+    path: str | Path, *, quant: str | None = None, block: int | None = None, overrides: Sequence[str] = ()
+) -> Inspection:
     """Look at a checkpoint or a bundle; reads no weights.
 
-    quant, block, overrides  the plan to show, see rwkv_edge.quantize.plan; what is quantized already shows its own
+    quant, block, overrides  the plan to show, see rwkv_edge.quantize.plan; None is int4, or what is stored
 
     Raises  CheckpointError, BundleError, QuantizeError
     """
@@ -70,13 +73,15 @@ def inspect(path: str | Path, *, quant: str = "int4", block: int = 32, overrides
         what, column, spec, stored = f"bundle: {graphs}", "stored as", bundle.spec, bundle.tensors
     else:
         checkpoint = open_checkpoint(path)
-        what, column, spec, stored = "checkpoint", f"as {quant}", checkpoint.spec, checkpoint.tensors
+        what, column, spec, stored = "checkpoint", f"as {quant or 'int4'}", checkpoint.spec, checkpoint.tensors
         if checkpoint.quantized:
             what, column = "quantized checkpoint", "stored as"
     if column == "stored as":
+        if quant or block or overrides:
+            raise QuantizeError(f"{path} is stored as it is: --quant, --block and --override are for checkpoints")
         recipes = {name: Recipe(t.bits, t.block, t.method) for name, t in stored.items()}
     else:
-        recipes = plan(spec, quant, block=block, overrides=overrides)
+        recipes = plan(spec, quant or "int4", block=block, overrides=overrides)
     rows = tuple(
         TensorRow(name, 1, w.shape, w.kind, str(recipes[name]), recipes[name].nbytes(w.shape))
         for name, w in spec.weights.items()

@@ -101,7 +101,7 @@ def test_manifests_that_lie_are_refused(change, message, copy):
 def test_folders_that_are_no_bundles(tmp_path):
     with pytest.raises(BundleError, match=r"none is not there: a bundle is a folder with a manifest\.json"):
         open_bundle(tmp_path / "none")
-    with pytest.raises(BundleError, match="is not a folder"):
+    with pytest.raises(BundleError, match="is a file, and a bundle is a folder"):
         open_bundle(DEMO)
     with pytest.raises(BundleError, match=r"has no manifest\.json: it is not a bundle, or its export was interrupted"):
         open_bundle(tmp_path)
@@ -146,7 +146,7 @@ def test_nothing_is_overwritten_unless_forced(tmp_path, random_pth):
     pth, out = random_pth("odd"), tmp_path / "out"
     export(pth, out)
     before = (out / "manifest.json").stat().st_mtime_ns
-    with pytest.raises(OutputError, match="exists: choose another output, or --force to replace it"):
+    with pytest.raises(OutputError, match=r"exists: choose another output \(-o\), or --force to replace it"):
         export(pth, out, quant="int8")
     assert (out / "manifest.json").stat().st_mtime_ns == before
     export(pth, out, quant="int8", force=True)
@@ -301,7 +301,9 @@ def test_a_quantized_checkpoint_gives_the_same_bundle(tmp_path, bundle):
     at_once = bundle("demo", quant="int4", block=64, overrides=("head.weight=8",))
     for file in at_once.iterdir():
         assert file.read_bytes() == (tmp_path / "two-steps" / file.name).read_bytes(), file.name
-    with pytest.raises(QuantizeError, match="is quantized already: give the original checkpoint, or leave --quant out"):
+    with pytest.raises(
+        QuantizeError, match="is quantized already: give the original checkpoint, or leave --quant, --block and --override out"
+    ):
         export(tmp_path / "q.safetensors", tmp_path / "again", quant="int8")
     with pytest.raises(QuantizeError, match="is quantized already"):
         quantize(tmp_path / "q.safetensors", tmp_path / "again")
@@ -333,6 +335,9 @@ def test_check_knows_that_deep_models_stray(tmp_path):
 def test_check_refuses_another_model_s_checkpoint(bundle, random_pth):
     with pytest.raises(CheckpointError, match="is another model"):
         check_bundle(bundle("demo", quant="int4"), random_pth("odd"))
+    quantize(DEMO, bundle("demo", quant="int4").parent / "again.safetensors", force=True)
+    with pytest.raises(CheckpointError, match="is quantized itself: give the original checkpoint"):
+        check_bundle(bundle("demo", quant="int4"), bundle("demo", quant="int4").parent / "again.safetensors")
     with pytest.raises(InputError, match="1 tokens cannot be compared: expected 2 to 65536"):
         check_bundle(bundle("demo", quant="int4"), n_tokens=1)
 

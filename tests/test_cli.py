@@ -76,8 +76,8 @@ def test_the_whole_way(tmp_path):
         r".*model-int4\.safetensors: 5\.5 MB, 5\.94 bits a weight, [\d.]+ s, model [0-9a-f]{12}\n", quantized.stderr
     )
     assert run("export", tmp_path / "model-int4.safetensors").exit_code == 0
-    assert (tmp_path / "model-int4-bundle" / "manifest.json").exists()
-    exported = run("export", pth, "--quant", "int4", "-q")
+    assert (tmp_path / "model-int4" / "manifest.json").exists()
+    exported = run("export", pth, "-q", "--force")
     assert (exported.exit_code, exported.output) == (0, "")
     checked = run("check", tmp_path / "model-int4", "--against", pth)
     assert checked.exit_code == 0
@@ -123,6 +123,11 @@ def test_run_reads_stdin_and_keeps_state(bundle, tmp_path):
         (["export", "none.pth"], "none.pth does not exist"),
         (["check", "none"], "none is not there: a bundle is a folder with a manifest.json"),
         (["run", "none", "hi"], "none is not there: a bundle is a folder with a manifest.json"),
+        (["run", DEMO, "hi"], f"{DEMO} is a file, and a bundle is a folder: export the checkpoint first"),
+        (
+            ["inspect", DEMO, "--quant", "fp16", "--block", "64"],
+            "block 64 says nothing with quant fp16: blocks go with int8 and int4",
+        ),
         (["inspect", DEMO, "--override", "x=4"], "override 'x=4' matches no matrix: inspect lists their names"),
     ],
 )
@@ -134,7 +139,7 @@ def test_errors_are_one_line(args, message):
 def test_a_prompt_is_needed(bundle):
     for prompt, stdin in (("", None), ("-", "")):
         found = run("run", bundle("demo", quant="int4"), prompt, stdin=stdin)
-        assert found.stderr == "Error: there are no tokens to read: give a prompt, if only the end-of-text token\n"
+        assert found.stderr == "Error: there are no tokens to read: give at least one, also when going on from a state\n"
     found = run("run", bundle("demo", quant="int4"), "-", stdin=b"\xff\xfe")
     assert found.stderr == "Error: stdin is not UTF-8 text: invalid start byte at byte 0\n"
     assert found.exit_code == 1
@@ -163,6 +168,19 @@ def test_where_a_state_goes_is_checked_before_the_work(bundle, tmp_path):
     assert found.stderr == f"Error: {tmp_path / 'none'} is not a folder: create it first\n"
 
 
+def test_bundles_without_a_tokenizer_take_and_give_ids(bundle, tmp_path, random_pth):
+    path = bundle("odd", quant="int4")
+    found = run("run", path, "1, 2 3", "--ids", "-n", 4, "-t", 0)
+    assert re.fullmatch(r"(\d+ ){4}\n", found.stdout)
+    assert (
+        run("run", path, "hi").stderr
+        == f"Error: {path} has no tokenizer: give token ids (run --ids), or export with --tokenizer\n"
+    )
+    assert run("run", path, "hi", "--ids").stderr.startswith("Error: with --ids the prompt is token ids, such as '1 2 3': ")
+    said = run("export", random_pth("odd"), "-o", tmp_path / "out").stderr.splitlines()[-1]
+    assert said == "no tokenizer.json beside odd-fp32.pth: the bundle takes and gives token ids"
+
+
 def test_usage_errors_exit_with_two():
     for args in (["export"], ["export", "x", "--quant", "int5"], ["fly"], ["run", "x", "y", "-n", "-3"]):
         assert run(*args).exit_code == 2
@@ -179,6 +197,7 @@ def test_demo_as_a_process(tmp_path):
     assert "Once upon a time" in found.stdout
     steps = [line.split()[2] for line in found.stderr.splitlines() if line.startswith("$ rwkv-edge")]
     assert steps == ["export", "check", "run"]
+    assert found.stderr.splitlines()[-1] == f"The bundle is in {tmp_path / 'stories'}."
     quiet = process("demo", "-q")
     assert quiet.stderr == ""
     assert quiet.stdout.startswith("Once upon a time")

@@ -16,17 +16,20 @@ QUANTS: dict[str, dict[Kind, int]] = {
 }
 
 
-def plan(spec: Spec, quant: str, *, block: int = 32, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
+def plan(spec: Spec, quant: str, *, block: int | None = None, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
     """Decide the recipe of every tensor.
 
     quant      "none", "fp16", "int8" or "int4"
-    block      weights that share one scale; a matrix with fewer inputs, or an uneven number, gets a smaller block
+    block      weights that share one scale, None for 32; a matrix with fewer inputs, or an uneven number, gets a smaller one
     overrides  "PATTERN=BITS" or "PATTERN=BITS:BLOCK" with BITS 4, 8, 16 or 32; the last that matches a name decides
 
     Raises  QuantizeError if one of these is not known, matches no tensor, or does not fit a tensor.
     """
     if quant not in QUANTS:
         raise QuantizeError(f"quant {quant!r} is unknown: expected one of {', '.join(QUANTS)}")
+    if block is not None and quant in ("none", "fp16") and not overrides:
+        raise QuantizeError(f"block {block} says nothing with quant {quant}: blocks go with int8 and int4")
+    block = 32 if block is None else block
     if block not in BLOCKS:
         raise QuantizeError(f"block {block} is not possible: expected one of {', '.join(map(str, BLOCKS))}")
     chosen = {name: (QUANTS[quant].get(w.kind, 32), block) for name, w in spec.weights.items()}

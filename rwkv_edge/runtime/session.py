@@ -55,6 +55,9 @@ class Model:
         self._lock = threading.Lock()
         self._loop = Loop(self)
 
+    def __repr__(self) -> str:
+        return f"Model({str(self.bundle.path)!r}, RWKV-{self.spec.version}, {self.spec.n_parameters:,} parameters)"
+
     def feed(self, tokens: Sequence[int] | Tokens, state: State | None = None, *, every: bool = False) -> tuple[Array, State]:
         """Read tokens on top of a state, or from the start.
 
@@ -105,7 +108,7 @@ class Model:
         Raises  InputError if the bundle has no tokenizer, or it cannot encode the text.
         """
         if self.tokenizer is None:
-            raise InputError(f"{self.bundle.path} has no tokenizer: give token ids, or export with --tokenizer")
+            raise InputError(f"{self.bundle.path} has no tokenizer: give token ids (run --ids), or export with --tokenizer")
         return self.tokenizer.encode(text)
 
     def load_state(self, path: str | Path) -> State:
@@ -122,7 +125,7 @@ class Model:
         except ValueError as e:
             raise InputError("tokens are not a flat list of whole numbers") from e
         if ids.size == 0:
-            raise InputError("there are no tokens to read: give a prompt, if only the end-of-text token")
+            raise InputError("there are no tokens to read: give at least one, also when going on from a state")
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise InputError(f"tokens are not a flat list of whole numbers, but {ids.dtype} of shape {ids.shape}")
         outside = ids[(ids < 0) | (ids >= self.spec.n_vocab)]

@@ -38,6 +38,9 @@ class State:
         for x in self.tensors.values():
             x.setflags(write=False)
 
+    def __repr__(self) -> str:
+        return f"State(model {self.model_id[:12]}, {self.n_tokens} tokens read)"
+
     def save(self, path: str | Path, *, half: bool = False) -> None:
         """Write a safetensors file, replacing a state file of that name and nothing else; in float16 with `half`.
 
