@@ -18,7 +18,7 @@ from rwkv_edge.convert import export
 from rwkv_edge.evaluate import cost, log_probabilities, nll
 
 CHECKPOINT = Path(rwkv_edge.__file__).parent / "demo" / "rwkv7-stories-7m.pth"
-RECIPES = [("fp16", 32, ()), ("int8", 32, ()), ("int8", 128, ())]
+RECIPES = [("fp16", None, ()), ("int8", 32, ()), ("int8", 128, ())]
 RECIPES += [("int4", block, ()) for block in (16, 32, 64, 128, 256)]
 RECIPES += [("int4", block, ("head.weight=8",)) for block in (32, 128)]
 
@@ -39,7 +39,7 @@ def main() -> None:
         print(f"{base.size} predictions, float32: {base.mean():.4f} nats, perplexity {math.exp(base.mean()):.3f}\n")
         print("| weights | bits/weight | MB | arithmetic | perplexity | KL, nats | top-1 |\n|---|---|---|---|---|---|---|")
         for quant, block, overrides in RECIPES:
-            name = f"{quant} block {block} {' '.join(overrides)}" if quant != "fp16" else quant
+            name = " ".join([quant, *([f"block {block}"] if block else []), *overrides])
             path = Path(folder, name.replace(" ", "-"))
             written = export(CHECKPOINT, path, quant=quant, block=block, overrides=overrides)
             for role in ("run",) if quant == "fp16" else ("exact", "run"):

@@ -37,7 +37,7 @@ def watch():
                 if line.startswith(field): peak[key] = max(peak[key], int(line.split()[1]) / 1e3)
 thread = threading.Thread(target=watch); thread.start()
 start = time.perf_counter()
-w = export(sys.argv[1], sys.argv[2], quant=sys.argv[3], block=int(sys.argv[4]))
+w = export(sys.argv[1], sys.argv[2], quant=sys.argv[3], block=int(sys.argv[4]) if sys.argv[4] else None)
 ended.set(); thread.join()
 print(json.dumps({"s": time.perf_counter() - start, "mb": w.nbytes / 1e6, "bits": w.bits_per_weight, **peak}))
 """
@@ -74,13 +74,13 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--recipes", default="int4:32,int4:128,int8:32,none:32")
+    parser.add_argument("--recipes", default="int4:32,int4:128,int8:32,none")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = a.checkpoint or factory.write_pth(Path(folder, "random-0.1b.pth"), factory.weights(**SHAPE))
         rows = []
         for recipe in a.recipes.split(","):
-            quant, block = recipe.split(":")
+            quant, _, block = recipe.partition(":")
             path = Path(folder, recipe.replace(":", "-"))
             made = child(EXPORT, checkpoint, path, quant, block)
             ran = child(RUN, path, a.threads)

@@ -39,6 +39,14 @@ def test_readme_s_blocks_run_in_order(tmp_path):
     assert ran == ["export", "check", "run", "python", "demo"]
 
 
+def test_the_quality_benchmark_runs(tmp_path):
+    (tmp_path / "text").write_text(README)
+    args = [sys.executable, ROOT / "benchmarks" / "quality.py", tmp_path / "text", "--windows", "2", "--tokens", "24"]
+    done = subprocess.run(args, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^\| int[48] block \d+ .*\| (?:run|exact) \| [+-][\d.]+ % ± [\d.]+ \|", done.stdout, re.M)) == 18
+
+
 def test_command_reference_is_the_help():
     namespace = {"__name__": "make_cli", "__file__": str(ROOT / "docs" / "make_cli.py")}
     exec((ROOT / "docs" / "make_cli.py").read_text(), namespace)
