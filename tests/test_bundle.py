@@ -401,7 +401,7 @@ FAULTS = {
     "memory of the other layer": lambda g: swap_outputs(g, "state.0.wkv.out", "state.1.wkv.out"),
     "decay a little faster": lambda g: add_to(g, "F32[][-0.6065306597126334]", -0.02),
     "beta of the erase": lambda g: add_to(g, f"F32[1, 1, 2][1.0, {2.0**-44}]", -0.1),
-    "scale of the query": lambda g: attribute(first(g, "LinearAttention"), "scale").__setattr__("f", 1.02),
+    "scale of the query": lambda g: attribute(first(g, "LinearAttention"), "scale").__setattr__("f", 0.1),
     "tanh dropped": lambda g: first(g, "Tanh").__setattr__("op_type", "Identity"),
     "sigmoid of the gate dropped": lambda g: first(g, "Sigmoid", 2).__setattr__("op_type", "Tanh"),
     "logits of the token before": lambda g: first(g, "Gather").__setattr__("op_type", "GatherElements"),

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from ..bundle import Bundle, read_bundle
 from ..errors import BackendError, InputError, StateError
-from ..spec import Spec
 from ..tokenizer import Tokenizer
 from .sampling import Sampling
 from .state import State, load_state
@@ -273,6 +272,3 @@ def _version(text: str) -> tuple[int, ...]:
 
 def _first_line(e: Exception) -> str:
     return (str(e).splitlines() or [type(e).__name__])[0]
-
-
-__all__ = ["Loop", "Model", "Spec", "open_bundle"]
