@@ -207,7 +207,7 @@ def test_stdout_is_data_only_and_may_close(bundle):
     path = bundle("demo", quant="int4")
     only = process("run", path, "Once upon a time", "-n", "5", "-t", "0")
     assert only.stdout == ", there was a little\n"
-    command = f"{sys.executable} -m rwkv_edge.cli run {path} 'Once upon a time' -n 100 | head -c 5"
+    command = f"{sys.executable} -m rwkv_edge.cli run {path} 'Once upon a time' -n 100 -t 0 | head -c 5"
     closed = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert closed.stdout.startswith(", the")
     assert "Traceback" not in closed.stderr
@@ -217,7 +217,19 @@ def test_interrupt_is_quiet_and_keeps_what_was_said(bundle):
     import signal
 
     p = subprocess.Popen(
-        [sys.executable, "-u", "-m", "rwkv_edge.cli", "run", str(bundle("demo", quant="int4")), "Once", "-n", "100000"],
+        [
+            sys.executable,
+            "-u",
+            "-m",
+            "rwkv_edge.cli",
+            "run",
+            str(bundle("demo", quant="int4")),
+            "Once",
+            "-n",
+            "100000",
+            "-t",
+            "0",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
