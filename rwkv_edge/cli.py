@@ -83,10 +83,11 @@ def quant_options(default: str | None) -> Callable[[Any], Any]:
 
     def decorate(command: Any) -> Any:
         quants = click.Choice(["none", "fp16", "int8", "int4"])
+        blocks = click.Choice(["16", "32", "64", "128", "256"])
         text = "Width of the weights." + ("" if default else "  [default: int4, or what the file has]")
         for option in (
             click.option("--override", "overrides", multiple=True, metavar="NAME=BITS[:BLOCK]", help=_OVERRIDE),
-            click.option("--block", type=click.Choice(["16", "32", "64", "128", "256"]), help=_BLOCK),
+            click.option("--block", type=blocks, callback=lambda ctx, param, value: value and int(value), help=_BLOCK),
             click.option("--quant", type=quants, default=default, help=text),
         ):
             command = option(command)
@@ -109,7 +110,7 @@ _OVERRIDE = (
 @quant_options(None)
 @click.option("--tensors", is_flag=True, help="List every tensor; otherwise layers are summed up.")
 @json_option
-def inspect(path: Path, quant: str | None, block: str | None, overrides: tuple[str, ...], tensors: bool, as_json: bool) -> None:
+def inspect(path: Path, quant: str | None, block: int | None, overrides: tuple[str, ...], tensors: bool, as_json: bool) -> None:
     """Tell what a checkpoint or a bundle holds, and what each tensor would become.
 
     \b
@@ -118,7 +119,7 @@ def inspect(path: Path, quant: str | None, block: str | None, overrides: tuple[s
     """
     from .inspection import inspect as look
 
-    found = look(path, quant=quant, block=int(block) if block else None, overrides=overrides)
+    found = look(path, quant=quant, block=block, overrides=overrides)
     if as_json:
         _print_json(found)
         return
@@ -140,7 +141,7 @@ def inspect(path: Path, quant: str | None, block: str | None, overrides: tuple[s
 @force_option
 @quiet_option
 def quantize(
-    checkpoint: Path, output: Path | None, quant: str, block: str | None, overrides: tuple[str, ...], force: bool, quiet: bool
+    checkpoint: Path, output: Path | None, quant: str, block: int | None, overrides: tuple[str, ...], force: bool, quiet: bool
 ) -> None:
     """Write a quantized checkpoint, to export from later.
 
@@ -156,7 +157,7 @@ def quantize(
             checkpoint,
             output,
             quant=quant,
-            block=int(block) if block else None,
+            block=block,
             overrides=overrides,
             force=force,
             progress=progress,
@@ -182,7 +183,7 @@ def export(
     checkpoint: Path,
     output: Path | None,
     quant: str | None,
-    block: str | None,
+    block: int | None,
     overrides: tuple[str, ...],
     wkv: str,
     tokenizer: Path | None,
@@ -205,7 +206,7 @@ def export(
             checkpoint,
             output,
             quant=quant,
-            block=int(block) if block else None,
+            block=block,
             overrides=overrides,
             wkv=wkv,
             tokenizer=tokenizer,

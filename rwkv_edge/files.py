@@ -88,18 +88,17 @@ class Stored:
             raise CheckpointError(f"{self.name} has shape {self.shape}: expected sizes of 1 or more")
         if type(self.bits) is not int or not (self.block is None or type(self.block) is int):
             raise CheckpointError(f"{self.name} has {self.bits!r} bits in blocks of {self.block!r}: expected whole numbers")
-        dtypes: tuple[str, ...]
         if self.block is None or self.scales is None:
-            expected, dtypes = [(self.data, self.shape)], (f"F{self.bits}",)
+            expected = [(self.data, f"F{self.bits}", self.shape)]
         else:
             if self.bits not in (4, 8) or self.block not in BLOCKS or len(self.shape) != 2:
                 raise CheckpointError(f"{self.name}: {self.bits} bits in blocks of {self.block} is not a known packing")
             n_blocks = -(-self.shape[1] // self.block)
             packed = (self.shape[0], n_blocks, self.block * self.bits // 8)
-            expected, dtypes = [(self.data, packed), (self.scales, (self.shape[0], n_blocks))], ("U8", "F32")
-        for record, shape in expected:
-            if record.shape != shape or record.dtype not in dtypes:
-                raise CheckpointError(f"{self.name}: found {record.dtype} {record.shape}, expected {dtypes[0]} {shape}")
+            expected = [(self.data, "U8", packed), (self.scales, "F32", (self.shape[0], n_blocks))]
+        for record, dtype, shape in expected:
+            if (record.dtype, record.shape) != (dtype, shape):
+                raise CheckpointError(f"{self.name}: found {record.dtype} {record.shape}, expected {dtype} {shape}")
 
     def read(self) -> Array | QTensor:
         """Read the whole tensor."""

@@ -50,6 +50,16 @@ def test_reading_in_two_parts_is_reading_at_once(cut, weights):
     assert max(apart(state[n], end[n]) for n in end) <= 1e-5
 
 
+def mutate(line, mutant):
+    """The model file as a module, with one line changed."""
+    source = Path(rwkv7.__file__).read_text()
+    assert line in source
+    mutated = types.ModuleType("rwkv_edge.models.mutated")
+    mutated.__package__ = "rwkv_edge.models"
+    exec(compile(source.replace(line, mutant), "mutated", "exec"), mutated.__dict__)
+    return mutated
+
+
 # One textual change of the maths each: a sign, a dropped factor, an exchanged weight, a constant, a forgotten write.
 MUTATIONS = [
     ("S = S * row(w) - (S @ col(kk))", "S = S * row(w) + (S @ col(kk))"),
@@ -93,11 +103,7 @@ MUTATIONS = [
 
 @pytest.mark.parametrize(("line", "mutant"), MUTATIONS, ids=[f"{i}: {m[1]}" for i, m in enumerate(MUTATIONS)])
 def test_no_part_of_the_maths_can_change_unseen(line, mutant, weights, golden, monkeypatch):
-    source = Path(rwkv7.__file__).read_text()
-    assert line in source
-    mutated = types.ModuleType("rwkv_edge.models.mutated")
-    mutated.__package__ = "rwkv_edge.models"
-    exec(compile(source.replace(line, mutant), "mutated", "exec"), mutated.__dict__)
+    mutated = mutate(line, mutant)
     monkeypatch.setattr(check, "model_of", lambda version: mutated)
     spec, W = weights("odd")
     g = golden("odd")
@@ -137,11 +143,7 @@ FORM_MUTATIONS = [
 
 @pytest.mark.parametrize(("form", "line", "mutant"), FORM_MUTATIONS, ids=[m[2] for m in FORM_MUTATIONS])
 def test_no_part_of_a_form_can_change_unseen(form, line, mutant, weights, monkeypatch):
-    source = Path(rwkv7.__file__).read_text()
-    assert line in source
-    mutated = types.ModuleType("rwkv_edge.models.mutated")
-    mutated.__package__ = "rwkv_edge.models"
-    exec(compile(source.replace(line, mutant), "mutated", "exec"), mutated.__dict__)
+    mutated = mutate(line, mutant)
     spec, W = weights("odd")
     ids = factory.tokens(30, spec.n_vocab)
     _, before = run_reference(spec, W, ids, dtype=np.float64)
