@@ -18,8 +18,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .convert import export as export
     from .errors import RwkvEdgeError as RwkvEdgeError
+    from .runtime import Chat as Chat
     from .runtime import Generation as Generation
     from .runtime import Model as Model
+    from .runtime import Sampling as Sampling
     from .runtime import State as State
     from .runtime import Token as Token
     from .runtime import open_bundle as open_bundle
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "export": ".convert",
     "RwkvEdgeError": ".errors",
+    "Chat": ".runtime",
     "Generation": ".runtime",
     "Model": ".runtime",
+    "Sampling": ".runtime",
     "State": ".runtime",
     "Token": ".runtime",
     "open_bundle": ".runtime",

@@ -87,6 +87,10 @@ _SIZE = range(1, 1 << 40)
 _PLACE = range(1 << 60)
 _VALUE = {"name": str, "dtype": {"int64", "float32"}, "shape": [object]}
 
+_SAMPLING = {"top_k": _PLACE} | dict.fromkeys(
+    ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "penalty_decay"), float
+)
+
 # What a manifest looks like. A type: a value of it. A range or a set: one of its members. A pattern: text that it matches.
 # [x]: a list of x. {...: x}: any names. A dictionary: these keys, and no others. A tuple: one of these.
 _MANIFEST: Any = {
@@ -124,8 +128,18 @@ _MANIFEST: Any = {
     },
     "files": {...: {"bytes": _PLACE, "sha256": _SHA}},
     "tokenizer": (None, {"kind": {"json"}, "file": str, "end_of_text": (None, _PLACE)}),
-    "prompt": {None},
-    "sampling": {"temperature": float, "top_p": float},
+    "prompt": (
+        None,
+        {
+            "system": str,
+            "user": str,
+            "assistant": str,
+            "turn_end": str,
+            "stop": [str],
+            "think": {...: {"opening": str, "sampling": (None, _SAMPLING)}},
+        },
+    ),
+    "sampling": _SAMPLING,
     "made_by": {"tool": str, "version": str},
 }
 

@@ -3,7 +3,7 @@
 The weights are read from the bundle's files, the numpy reference runs on them, and the graphs are held against it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,9 @@ import numpy.typing as npt
 from .bundle import Bundle, read_bundle
 from .checkpoints import model_id, open_checkpoint
 from .errors import BackendError, CheckFailed, CheckpointError, InputError
-from .files import Stored
-from .models import model_of
-from .ops import Numpy
-from .qtensor import QTensor
+from .reference import Weights, run_reference
 from .runtime import Model, Sampling
 from .runtime.sampling import log_softmax, sample
-from .spec import Spec
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -206,57 +202,10 @@ def _sample(model: Model, n_tokens: int) -> list[int]:
     try:
         while len(ids) < n_tokens:
             logits, state = model.feed(ids[-1:], state)
-            ids.append(sample(logits, sampling, rng))
+            ids.append(sample(log_softmax(logits), sampling, rng))
     except BackendError as e:
         raise CheckFailed(f"{model.bundle.path}: {e}", None) from e
     return ids
-
-
-class Weights(Mapping[str, Array | QTensor]):
-    """Weights by name, read when asked for and not kept: one tensor in memory at a time."""
-
-    def __init__(self, tensors: Mapping[str, Stored]) -> None:
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Array | QTensor:
-        return self._tensors[name].read()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-def run_reference(
-    spec: Spec,
-    weights: Mapping[str, Array | QTensor],
-    ids: list[int],
-    state: Mapping[str, Array] | None = None,
-    *,
-    wkv_form: str = "step",
-    dtype: npt.DTypeLike = np.float32,
-) -> tuple[Array, dict[str, Array]]:
-    """Run the step in numpy: the reference.
-
-    state  `{layer}.{tensor}` in the shapes of the spec, wkv as [head, value, key]; None begins anew
-
-    Returns  logits (T, V) of every token, and the state after the last
-    """
-    F = Numpy(spec.n_head, wkv_form, dtype)
-    key_first = wkv_form == "linear_attention"
-
-    def turn(x: Array) -> Array:
-        return x.swapaxes(-1, -2) if key_first and x.ndim >= 3 and x.shape[-1] == x.shape[-2] == spec.head_size else x
-
-    inside = {}
-    for name, t in spec.state_tensors.items():
-        x = np.full(t.shape, t.first, dtype) if state is None else state[name].astype(dtype)
-        inside[name] = turn(x)[None] if len(t.shape) == 3 else x.reshape(1, 1, -1)
-    tokens = np.asarray(ids, np.int64)
-    with np.errstate(over="ignore", invalid="ignore"):  # weights that overflow give what they give
-        logits, new = model_of(spec.version).step(F, weights, spec, tokens, np.arange(len(ids)), inside)
-    return logits, {n: turn(new[n]).reshape(t.shape) for n, t in spec.state_tensors.items()}
 
 
 def difference(logits: Array, reference: Array) -> Difference:

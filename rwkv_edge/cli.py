@@ -1,7 +1,9 @@
 """The command line: parse, call one library function, print.  Data goes to stdout, everything else to stderr."""
 
+import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import json
 import os
@@ -24,6 +26,7 @@ from .errors import CheckFailed, InputError, OutputError, RwkvEdgeError
 
 Progress = Callable[[int, int], None]
 DEMO = Path(__file__).parent / "demo" / "rwkv7-stories-7m.pth"
+DEMO_MODEL = "dcb32dac250a591fd12cd9251f61dfacfa99ff6afc24fc87d058d9eea4eeb1f6"  # its model_id
 
 
 class Failure(click.ClickException):
@@ -63,6 +66,8 @@ def cli() -> None:
     rwkv-edge export model.pth --quant int4           write model-int4/, a bundle for onnxruntime
     rwkv-edge check model-int4 --against model.pth    prove that it is still the same model
     rwkv-edge run model-int4 "Once upon a time"       let it speak
+    rwkv-edge eval model-int4 --against model.pth     how well it predicts text, beside the original
+    rwkv-edge bench model-int4                        how fast it is here
     """
 
 
@@ -74,8 +79,13 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing o
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 256), help="Threads for matrix products.  [default: every core]"
 )
+max_tokens_option = click.option(
+    "-n", "--max-tokens", type=click.IntRange(0), default=128, metavar="N", help="Tokens to generate at most."
+)
+load_state_option = click.option("--load-state", type=click.Path(path_type=Path), help="Continue from a state file.")
 checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+bundles_argument = click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 
 
 def quant_options(default: str | None) -> Callable[[Any], Any]:
@@ -94,6 +104,38 @@ def quant_options(default: str | None) -> Callable[[Any], Any]:
         return command
 
     return decorate
+
+
+def sampling_options(command: Any) -> Any:
+    """How the next token is chosen: what is given arrives as `settings`."""
+    share, number = click.FloatRange(0, 1, min_open=True), click.FloatRange(-10000, 10000)
+    bundle_s = "  [default: the bundle's]"
+    options = (
+        click.option("-t", "--temperature", type=click.FloatRange(0), help="0 takes the most likely token." + bundle_s),
+        click.option("--top-k", type=click.IntRange(0), help="Keep so many of the most likely tokens; 0: all." + bundle_s),
+        click.option("--top-p", type=share, help="Keep the most likely tokens up to this probability." + bundle_s),
+        click.option(
+            "--min-p", type=click.FloatRange(0, 1), help="Keep tokens at least so likely, beside the likeliest." + bundle_s
+        ),
+        click.option("--typical-p", type=share, help="Keep tokens of nearly the expected surprise, up to this." + bundle_s),
+        click.option("--presence-penalty", type=number, help="Taken from logits of what was said." + bundle_s),
+        click.option("--frequency-penalty", type=number, help="Taken again by its count." + bundle_s),
+        click.option("--penalty-decay", type=click.FloatRange(0, 1), help="Of the counts, with every token." + bundle_s),
+        click.option("--ban", multiple=True, metavar="TOKEN", help="Never choose it: an id, or its text. May be given again."),
+        click.option("--bias", multiple=True, metavar="TOKEN=N", help="Add N to its logit. May be given again."),
+        click.option("--seed", type=click.IntRange(0), help="The same seed gives the same text.  [default: another each time]"),
+    )
+    probe: Any = functools.reduce(lambda f, option: option(f), options, lambda: None)
+    names = [parameter.name for parameter in probe.__click_params__]
+
+    @functools.wraps(command)
+    def collected(**given: Any) -> Any:
+        settings = {name: given.pop(name) for name in names}
+        return command(settings={name: x for name, x in settings.items() if x not in (None, ())}, **given)
+
+    for option in reversed(options):
+        collected = option(collected)
+    return collected
 
 
 _BLOCK = "Weights that share one scale: fewer lose less, more are smaller and faster.  [default: 32]"
@@ -177,6 +219,12 @@ def quantize(
     "or by plain operations that take one token a call.",
 )
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json.  [default: the one beside CHECKPOINT]")
+@click.option(
+    "--template",
+    type=click.Choice(["none", "rwkv"]),
+    default="none",
+    help="How the model was taught to chat: User: and Assistant:, or not.",
+)
 @force_option
 @quiet_option
 def export(
@@ -187,6 +235,7 @@ def export(
     overrides: tuple[str, ...],
     wkv: str,
     tokenizer: Path | None,
+    template: str,
     force: bool,
     quiet: bool,
 ) -> None:
@@ -210,6 +259,7 @@ def export(
             overrides=overrides,
             wkv=wkv,
             tokenizer=tokenizer,
+            template=template,
             force=force,
             progress=progress,
         )
@@ -248,70 +298,223 @@ def check(bundle: Path, against: Path | None, n_tokens: int, threads: int | None
 
 @cli.command()
 @bundle_argument
-@click.argument("prompt")
-@click.option("-n", "--max-tokens", type=click.IntRange(0), default=128, help="Tokens to generate.")
-@click.option("-t", "--temperature", type=float, help="0 takes the most likely token.  [default: the bundle's]")
-@click.option("--top-p", type=float, help="Keep the most likely tokens up to this probability.  [default: the bundle's]")
-@click.option("--seed", type=int, help="The same seed gives the same text.")
+@click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
+@click.option(
+    "--file", "files", multiple=True, type=click.Path(path_type=Path), help="Read a prompt from a file. May be given again."
+)
+@click.option("--lines", type=click.Path(path_type=Path), help="Take every line of a file as a prompt.")
+@max_tokens_option
+@sampling_options
 @click.option("--stop", multiple=True, help="End before this text. May be given again.")
-@click.option("--ids", is_flag=True, help="PROMPT is token ids, and token ids are printed: for bundles without a tokenizer.")
-@click.option("--load-state", type=click.Path(path_type=Path), help="Continue from a state file.")
+@click.option("--logprobs", type=click.IntRange(0), metavar="N", help="A line a token: its logprob, and the N most likely.")
+@click.option("--ids", is_flag=True, help="Prompts are token ids, and token ids are printed: for bundles without a tokenizer.")
+@load_state_option
 @click.option("--save-state", type=click.Path(path_type=Path), help="Write the state at the end to a file.")
 @threads_option
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for every prompt.")
 @quiet_option
 def run(
     bundle: Path,
-    prompt: str,
+    prompts: tuple[str, ...],
+    files: tuple[Path, ...],
+    lines: Path | None,
     max_tokens: int,
-    temperature: float | None,
-    top_p: float | None,
-    seed: int | None,
+    settings: dict[str, Any],
     stop: tuple[str, ...],
+    logprobs: int | None,
     ids: bool,
     load_state: Path | None,
     save_state: Path | None,
     threads: int | None,
+    as_json: bool,
     quiet: bool,
 ) -> None:
-    """Continue a text. PROMPT - reads it from stdin, a whole book if you like.
+    """Continue a text. PROMPT - is stdin, a whole book if you like; several are continued one by one.
 
     \b
     rwkv-edge run model-int4 "Once upon a time"
-    rwkv-edge run model-int4 - < book.txt
     rwkv-edge run model-int4 - -n 0 --save-state book.state < book.txt
     rwkv-edge run model-int4 "And then" --load-state book.state
+    rwkv-edge run model-int4 --lines prompts.txt --json --seed 1 > out.jsonl
+    rwkv-edge run model-int4 "A" --logprobs 5 -n 3 --ban '" the"' --bias 11=-2
+
+    A TOKEN to ban or to bias is an id, or a text that is one token, in JSON's quotes where it may be taken for an id.
     """
-    from .runtime import open_bundle
     from .runtime.state import refuse_output
 
+    texts = _prompts(prompts, files, lines)
+    if save_state and len(texts) > 1:
+        raise InputError("--save-state goes with one prompt: each has a state of its own")
     if save_state:
         refuse_output(save_state)  # before the work, not after it
-    if prompt == "-":
-        prompt = _stdin()
-    start = time.perf_counter()
-    model = open_bundle(bundle, threads=threads)
-    load_s = time.perf_counter() - start
+    model, load_s = _open(bundle, threads)
     state = model.load_state(load_state) if load_state else None
-    generation = model.generate(
-        _ids(prompt) if ids else prompt,
-        state,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop=stop,
-    )
-    if sys.stdout.isatty() and not quiet and not ids and len(prompt) < 1000:
-        _say(prompt, nl=False)
-    try:
-        for token in generation:
-            click.echo(f"{token.id} " if ids else token.text, nl=False)
-        if max_tokens:
-            click.echo()
-    finally:  # an interrupt keeps what was read
-        if save_state:
-            generation.state.save(save_state)
-    _say(_stats(generation, load_s), quiet)
+    settings = _by_id(model, settings)
+    echoes = sys.stdout.isatty() and not quiet and not ids and not as_json and logprobs is None
+    for text in texts:
+        prompt = _ids(text) if ids else text
+        generation = model.generate(prompt, state, max_tokens=max_tokens, stop=stop, top_logprobs=logprobs or 0, **settings)
+        if echoes and len(text) < 1000:
+            _say(text, nl=False)
+        try:
+            if as_json:
+                click.echo(json.dumps(_record(prompt, list(generation), generation), ensure_ascii=False))
+            else:
+                for token in generation:
+                    _print_token(model, token, ids, logprobs)
+                if max_tokens and logprobs is None:
+                    click.echo()
+        finally:  # an interrupt keeps what was read
+            if save_state:
+                generation.state.save(save_state)
+        _say(_stats(model, generation, load_s), quiet)
+
+
+@cli.command()
+@bundle_argument
+@click.option("--system", help="What the model is told at the start.  [default: nothing]")
+@click.option(
+    "--think",
+    type=click.Choice(["none", "fast", "think"]),
+    default="none",
+    help="Answer at once, after an empty thought, or after thinking aloud.",
+)
+@click.option("-n", "--max-tokens", type=click.IntRange(1), default=2048, metavar="N", help="Tokens of a reply at most.")
+@sampling_options
+@load_state_option
+@threads_option
+@quiet_option
+def chat(
+    bundle: Path,
+    system: str | None,
+    think: str,
+    max_tokens: int,
+    settings: dict[str, Any],
+    load_state: Path | None,
+    threads: int | None,
+    quiet: bool,
+) -> None:
+    """Talk with a model that was taught to. Ctrl-C ends a reply and keeps the conversation; /help lists what else there is.
+
+    However long the conversation, its memory is one state of fixed size. Without a terminal, every line of stdin is a turn.
+
+    \b
+    rwkv-edge chat model-int4 --system "You are a patient teacher."
+    rwkv-edge chat model-int4 --think think
+    """
+    from .runtime import Chat
+
+    model, load_s = _open(bundle, threads)
+    if model.bundle.model_id == DEMO_MODEL and not model.bundle.manifest["prompt"]:
+        raise InputError(f'{bundle} is the demo model, which can only tell stories: rwkv-edge run {bundle} "Once upon a time"')
+    talk = Chat(model, system=system, think=think, max_tokens=max_tokens, **_by_id(model, settings))
+    if load_state:
+        talk.load(load_state)
+    _converse(model, talk, load_s, quiet)
+
+
+@cli.command("eval")
+@bundles_argument
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help='A text, or a .jsonl with a "text" in every line.  [default: two short stories that come along]',
+)
+@click.option("--against", type=click.Path(path_type=Path), help="A checkpoint to compare with.  [default: the first bundle]")
+@click.option("--window", type=click.IntRange(2), metavar="N", help="Read windows of N tokens.  [default: whole documents]")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="At most so many documents, or windows.  [default: all]")
+@click.option("--last-words", is_flag=True, help="How often the last word of each document is right, as LAMBADA counts.")
+@click.option("--exact", is_flag=True, help="Run the graph with exact arithmetic in place of 8-bit activations.")
+@threads_option
+@json_option
+@quiet_option
+def eval_(
+    bundles: tuple[Path, ...],
+    text: Path | None,
+    against: Path | None,
+    window: int | None,
+    limit: int | None,
+    last_words: bool,
+    exact: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure how well models predict a text.
+
+    Perplexity per token and bits per byte; and beside the first of them, or a checkpoint, the perplexity lost (paired, so
+    its error is small), KL and how often the most likely token is the same. Errors are standard errors.
+
+    \b
+    rwkv-edge eval model-int4 model-int8 --text book.txt --against model.pth
+    rwkv-edge eval model-int4 --text book.txt --window 256 --limit 100
+    rwkv-edge eval model-int4 --text lambada.jsonl --last-words
+    """
+    from . import evaluate as e
+
+    if last_words and window:
+        raise click.UsageError("--last-words reads whole documents: leave --window out")
+    texts = e.documents(text or DEMO.with_name("stories.txt"))
+    options: dict[str, Any] = {"against": against, "limit": limit, "role": "exact" if exact else "run", "threads": threads}
+    with _progress("reading", quiet) as progress:
+        if last_words:
+            words = e.last_words(bundles, texts, **options, progress=progress)
+        else:
+            found = e.evaluate(bundles, texts, window=window, **options, progress=progress)
+    if as_json:
+        _print_json(list(words) if last_words else found)
+    elif last_words:
+        click.echo(f"the last words of {min(limit or len(texts), len(texts))} documents\n")
+        head = ("", "accuracy", "", "perplexity", "")
+        _table(head, [(w.name, *_figure(w.accuracy, 1, 100, " %"), *_figure(w.perplexity, 2)) for w in words])
+    else:
+        _print_scores(found)
+
+
+@cli.command()
+@bundles_argument
+@click.option("--prefill", type=click.IntRange(1, 1 << 20), default=512, metavar="N", help="Tokens read at once.")
+@click.option("--decode", type=click.IntRange(1, 1 << 20), default=128, metavar="N", help="Tokens read one by one.")
+@click.option(
+    "-r", "--repetitions", type=click.IntRange(1, 1000), default=5, metavar="N", help="Of each, after one that warms up."
+)
+@click.option(
+    "--threads", type=click.IntRange(1, 256), multiple=True, help="May be given again, to compare.  [default: every core]"
+)
+@json_option
+@quiet_option
+def bench(
+    bundles: tuple[Path, ...],
+    prefill: int,
+    decode: int,
+    repetitions: int,
+    threads: tuple[int, ...],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure how fast bundles are here, and the memory they take.
+
+    Each in a process of its own: its median, and the range. A repetition in which other programs took more than a tenth of
+    the processors' time is made again, and counted as disturbed.
+
+    \b
+    rwkv-edge bench model-int4 model-int8
+    rwkv-edge bench model-int4 --threads 1 --threads 4 --json
+    """
+    from .bench import bench as measure
+
+    found = []
+    for path in bundles:
+        for n in threads or (None,):
+            if sys.stderr.isatty():
+                _say(f"\r\033[Kmeasuring {path.name} ...", quiet, nl=False)
+            found.append(measure(path, threads=n, n_prefill=prefill, n_decode=decode, repetitions=repetitions))
+    if sys.stderr.isatty():
+        _say("\r\033[K", quiet, nl=False)
+    if as_json:
+        _print_json(found)
+    else:
+        _print_bench(found)
 
 
 @cli.command()
@@ -374,7 +577,7 @@ def _print_json(data: Any) -> None:
     def plain(x: Any) -> Any:
         return dataclasses.asdict(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else str(x)
 
-    click.echo(json.dumps(plain(data), default=str, indent=1))
+    click.echo(json.dumps(data, default=plain, indent=1))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> None:
@@ -436,23 +639,79 @@ def _written(written: Any, start: float) -> str:
     )
 
 
-def _stats(generation: Any, load_s: float) -> str:
+def _stats(model: Any, generation: Any, load_s: float) -> str:
+    from .bench import memory
+
     s = generation.stats
     parts = [f"read {s.n_prompt} tokens at {s.n_prompt / s.prefill_s:.0f} tok/s"] if s.n_prompt else []
     if s.n_generated > 1:
         tok_s = s.n_generated / s.decode_s
-        parts.append(f"wrote {s.n_generated} at {tok_s:.0f} tok/s ({tok_s * generation.bytes_per_token / 1e9:.1f} GB/s)")
-    parts += [f"loaded in {load_s:.2f} s", f"peak memory {_bytes(_peak_bytes())}"]
-    return ", ".join(parts)
+        parts.append(f"wrote {s.n_generated} at {tok_s:.0f} tok/s ({tok_s * model.bytes_per_token / 1e9:.1f} GB/s)")
+    parts.append(f"loaded in {load_s:.2f} s")
+    peak, _ = memory()
+    return ", ".join(parts + ([f"peak memory {_bytes(peak)}"] if peak else []))
 
 
-def _peak_bytes() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _figure(x: Any, digits: int, factor: float = 1, unit: str = "", *, signed: bool = False) -> tuple[str, str]:
+    """An estimate as two cells: the figure, and its error."""
+    if x is None:
+        return "", ""
+    sign = "+" if signed else ""
+    error = "" if x.error is None else f"± {factor * x.error:.{digits}f}"
+    return f"{factor * x.value:{sign}.{digits}f}{unit}", error
+
+
+def _print_scores(found: Any) -> None:
+    documents = f"{found.n_documents} passages"
+    click.echo(f"{found.n_predictions:,} predictions, {found.n_bytes:,} bytes of text, {documents}\n")
+    head: tuple[str, ...] = ("", "perplexity", "", "bits/byte", "")
+    rows: list[tuple[str, ...]] = [(s.name, *_figure(s.perplexity, 3), *_figure(s.bits_per_byte, 4)) for s in found.scores]
+    if len(found.scores) > 1:
+        head += ("more", "", "KL", "", "same top", "")
+        rows = [
+            (
+                *row,
+                *_figure(s.percent, 2, 1, " %", signed=True),
+                *_figure(s.kl, 5),
+                *_figure(s.top1, 1, 100, " %"),
+            )
+            for row, s in zip(rows, found.scores, strict=True)
+        ]
+    _table(head, rows)
+    if len(found.scores) > 1:
+        click.echo(f"\nmore, KL (nats a token), same top: beside {found.scores[0].name}")
+
+
+def _print_bench(found: Sequence[Any]) -> None:
+    f = found[0]
+    head: tuple[str, ...] = ("", "threads", "size", "bits", f"prefill {f.n_prefill}", "", f"decode {f.n_decode}", "", "GB/s")
+    head += ("load", "first", "peak", "anon", "disturbed")
+    rows = []
+    for b in found:
+        speeds = ((f"{s.median:.1f}", f"{min(s.tok_s):.0f}-{max(s.tok_s):.0f}") for s in (b.prefill, b.decode))
+        disturbed = f"{b.prefill.disturbed}+{b.decode.disturbed}" + "!" * (min(b.prefill.share, b.decode.share) < 0.9)
+        rows.append(
+            (
+                b.name,
+                str(b.n_threads),
+                _bytes(b.nbytes),
+                f"{b.bits_per_weight:.2f}",
+                *(cell for speed in speeds for cell in speed),
+                f"{b.gb_s:.1f}",
+                f"{b.load_s:.2f} s",
+                f"{b.first_token_s:.2f} s",
+                _bytes(b.peak_bytes) if b.peak_bytes else "?",
+                _bytes(b.anonymous_bytes) if b.anonymous_bytes else "?",
+                disturbed,
+            )
+        )
+    _table(head, rows)
+    click.echo(
+        "\ntok/s: median and range. GB/s: weights that decode reads. first: from nothing to the first token after the prompt.\n"
+        "peak, anon: memory of the process, and what of it no file backs. disturbed: repetitions made again, prefill + decode."
+    )
+    if any("!" in row[-1] for row in rows):
+        click.echo("! Other programs took more than a tenth of the processors' time even so: do not trust this row.")
 
 
 @contextmanager
@@ -471,6 +730,180 @@ def _beside(checkpoint: Path, suffix: str | None) -> Path:
 
     quantized = open_checkpoint(checkpoint).quantized  # what is no checkpoint may have no name either
     return checkpoint.with_name(checkpoint.stem + (suffix or ("" if quantized else "-int4")))
+
+
+def _open(bundle: Path, threads: int | None) -> tuple[Any, float]:
+    """An open model, and the seconds it took."""
+    from .runtime import open_bundle
+
+    start = time.perf_counter()
+    model = open_bundle(bundle, threads=threads)
+    return model, time.perf_counter() - start
+
+
+def _prompts(prompts: tuple[str, ...], files: tuple[Path, ...], lines: Path | None) -> list[str]:
+    """All prompts: arguments, - being stdin, then files, then lines; with none of them, stdin if it is no terminal."""
+    if not (prompts or files or lines):
+        if sys.stdin is None or sys.stdin.isatty():
+            raise click.UsageError("Give a prompt: as PROMPT, with --file or --lines, or on stdin.")
+        prompts = ("-",)
+    texts = [_stdin() if prompt == "-" else prompt for prompt in prompts]
+    texts += [_read_text(file) for file in files]
+    if lines:
+        texts += [line for line in _read_text(lines).splitlines() if line.strip()]
+        if not texts:
+            raise InputError(f"{lines} has no line that is not blank")
+    return texts
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{file} is not UTF-8 text: {e.reason} at byte {e.start}") from e
+
+
+def _by_id(model: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with tokens to ban and to bias by their ids."""
+
+    def token(text: str) -> int:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        if isinstance(value, str):
+            value = model.token(value)
+        if type(value) is not int:
+            raise InputError(f"{text} is no token: expected an id, or a text that is one token")
+        return value
+
+    settings = dict(settings)
+    if "ban" in settings:
+        settings["ban"] = [token(text) for text in settings["ban"]]
+    if "bias" in settings:
+        pairs = [text.rpartition("=") for text in settings["bias"]]
+        try:
+            settings["bias"] = {token(name): float(value) for name, _, value in pairs}
+        except ValueError as e:
+            raise InputError(f"a bias is TOKEN=N, such as 11=-2: {e}") from e
+    return settings
+
+
+def _record(prompt: str | list[int], tokens: list[Any], generation: Any) -> dict[str, Any]:
+    """A generation as JSON has it."""
+    return {
+        "prompt": prompt,
+        "text": "".join(token.text for token in tokens),
+        "finish": generation.finish,
+        "tokens": [dataclasses.asdict(token) for token in tokens],
+        "stats": dataclasses.asdict(generation.stats),
+    }
+
+
+def _print_token(model: Any, token: Any, ids: bool, logprobs: int | None) -> None:
+    if logprobs is None:
+        click.echo(f"{token.id} " if ids else token.text, nl=False)
+        return
+
+    def name(i: int) -> str:
+        return f"{i}" if model.tokenizer is None else f"{i} {json.dumps(model.tokenizer.decode([i]), ensure_ascii=False)}"
+
+    rest = "".join(f"   {p:.3f} {name(i)}" for i, p in token.top)
+    click.echo(f"{token.logprob:8.3f} {name(token.id)}" + (f"  |{rest}" if rest else ""))
+
+
+# --- a conversation ---
+
+_CHAT_HELP = """\
+/save FILE   write the conversation's state
+/load FILE   go on from one
+/undo        take the last turn back
+/reset       begin anew
+/stats       how long the conversation is, and what it takes
+/quit        end, as Ctrl-D does
+A line that ends with \\ goes on in the next one. Ctrl-C ends a reply."""
+
+
+def _converse(model: Any, talk: Any, load_s: float, quiet: bool) -> None:
+    """Take turns until the end of stdin."""
+    if sys.stdin is None:
+        raise InputError("stdin is closed: a conversation needs it")
+    if sys.stdin.isatty():
+        _say("Ctrl-D ends, /help tells more.", quiet)
+    while True:
+        try:
+            text = _turn()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            _say("\n/quit or Ctrl-D ends.", quiet)
+            continue
+        command, _, rest = text.strip().partition(" ")
+        if command in ("/quit", "/exit"):
+            return
+        try:
+            if command.startswith("/"):
+                _say(_chat_command(model, talk, command, rest.strip(), load_s))
+            elif text.strip():
+                _reply(talk.say(text))
+                _say(_stats(model, talk.generation, load_s) + "\n", quiet)
+        except KeyboardInterrupt:
+            spoken = talk.generation is not None and talk.generation.stats.n_generated
+            _say("\n(interrupted: the conversation goes on from here)\n" if spoken else "\n(interrupted: not read)\n", quiet)
+        except RwkvEdgeError as e:  # a typing error must not end a conversation
+            if not sys.stdin.isatty():
+                raise
+            Failure(e).show()
+
+
+def _turn() -> str:
+    """One message: a line, or several with \\ at the end of all but the last."""
+    lines: list[str] = []
+    while True:
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 (gives input() its line editor and history)
+            line = input("... " if lines else "> ")
+        else:
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+        line = line.rstrip("\n")
+        lines.append(line.removesuffix("\\"))
+        if not line.endswith("\\"):
+            return "\n".join(lines)
+
+
+def _reply(pieces: Any) -> None:
+    """Print a reply as it comes, its thought dim."""
+    said = ""
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            said += piece
+            thought = said.startswith("<think") and "</think>" not in said.removesuffix(piece)
+            click.secho(piece, nl=False, dim=thought or None, color=False if os.environ.get("NO_COLOR") else None)
+    click.echo()
+
+
+def _chat_command(model: Any, talk: Any, command: str, rest: str, load_s: float) -> str:
+    """Do what a line that begins with / asks for: what to say of it."""
+    if command in ("/save", "/load"):
+        if not rest:
+            raise InputError(f"{command} needs a file's name")
+        getattr(talk, command[1:])(rest)
+        return f"{rest}: {talk.state.n_tokens} tokens"
+    if command == "/undo":
+        return "the last turn is taken back" if talk.undo() else "there is no turn to take back"
+    if command == "/reset":
+        talk.reset()
+        return "the conversation begins anew"
+    if command == "/stats":
+        n = talk.state.n_tokens if talk.state else 0
+        last = f"; last reply: {_stats(model, talk.generation, load_s)}" if talk.generation else ""
+        return f"{n} tokens in a state of {_bytes(model.spec.state_bytes)}{last}"
+    if command == "/help":
+        return _CHAT_HELP
+    raise InputError(f"{command} is unknown: /help lists what there is")
 
 
 def _ids(text: str) -> list[int]:

@@ -31,6 +31,43 @@ Progress = Callable[[int, int], None]
 WEIGHTS = "weights.bin"
 
 
+def _sampling(**settings: float) -> dict[str, float]:
+    """A bundle's defaults."""
+    return {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 0.7,
+        "min_p": 0.0,
+        "typical_p": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "penalty_decay": 0.996,
+    } | settings
+
+
+# Source: BlinkDL/RWKV-LM, RWKV-v7 chat prompts, and the sampling suggested for the G1 models
+TEMPLATES: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "rwkv": {
+        "system": "System: {}\n\n",
+        "user": "User: {}\n\n",
+        "assistant": "Assistant:",
+        "turn_end": "\n\n",
+        "stop": ["\n\nUser:", "\n\nSystem:"],
+        "think": {
+            "none": {"opening": "", "sampling": None},
+            "fast": {"opening": " <think>\n</think", "sampling": _sampling(top_p=0.28, top_k=32)},
+            "think": {
+                "opening": " <think",
+                "sampling": _sampling(
+                    temperature=0.96, top_p=0.76, top_k=32, presence_penalty=1.0, frequency_penalty=0.1, penalty_decay=0.988
+                ),
+            },
+        },
+    },
+}
+
+
 @dataclass(frozen=True)
 class Written:
     """What a command wrote: where, how many bytes, how many bits a weight takes; notes on what may surprise."""
@@ -98,6 +135,7 @@ def export(
     overrides: Sequence[str] = (),
     wkv: str = "attention",
     tokenizer: str | Path | None = None,
+    template: str = "none",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Written:
@@ -106,6 +144,7 @@ def export(
     quant, block, overrides  see rwkv_edge.quantize.plan; None is int4, or what a quantized checkpoint brings
     wkv        "attention" (onnxruntime's operator, the fastest), "plain" (plain operations), "step" (one token a call)
     tokenizer  a tokenizer.json; without it, the one beside the checkpoint; if there is none, the bundle has none
+    template   how the model was taught to chat: "rwkv" (User: and Assistant:, as the World and G1 models), or "none"
     progress   called with weights done and weights in all
 
     The same weights and options give the same bytes, whatever container the weights came in.
@@ -116,6 +155,8 @@ def export(
     source = open_checkpoint(checkpoint)
     if wkv not in onnx.WKV_FORMS:
         raise ExportError(f"wkv {wkv!r} is unknown: expected one of {', '.join(onnx.WKV_FORMS)}")
+    if template not in TEMPLATES:
+        raise ExportError(f"template {template!r} is unknown: expected one of {', '.join(TEMPLATES)}")
     spec, plan = source.spec, _plan(source, quant, block, overrides)
     verify(source)
     tokenizer_file, tokenizer_about = _tokenizer(source, tokenizer)
@@ -153,8 +194,8 @@ def export(
                 file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())
             },
             "tokenizer": tokenizer_about or None,
-            "prompt": None,
-            "sampling": {"temperature": 1.0, "top_p": 0.7},
+            "prompt": TEMPLATES[template],
+            "sampling": _sampling(),
             "made_by": {"tool": "rwkv-edge", "version": __version__},
         }
         (folder / MANIFEST).write_bytes(dump_manifest(manifest))

@@ -1,45 +1,339 @@
-"""How well a model predicts text: perplexity over windows, compared pair by pair."""
+"""How well models predict text: perplexity, bits per byte, and how far they are from the first of them."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .runtime import Model
+from .checkpoints import Checkpoint, open_checkpoint
+from .errors import BundleError, InputError
+from .qtensor import QTensor
+from .reference import Weights, run_reference
+from .runtime import Model, open_bundle
 from .runtime.sampling import log_softmax
+from .tokenizer import Tokenizer
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[Any]
+Progress = Callable[[int, int], None]
 
-
-def log_probabilities(model: Model, window: Sequence[int]) -> Array:
-    """Log-probabilities (T - 1, V) of every next token of a window, read from the start, in nats."""
-    logits, _ = model.feed(window[:-1], every=True)
-    return log_softmax(logits)
-
-
-def nll(log_p: Array, window: Sequence[int]) -> Array:
-    """Negative log-likelihood (T - 1,) of what did come next, in nats."""
-    found: Array = -log_p[np.arange(len(window) - 1), np.asarray(window[1:])]
-    return found
+_CHUNK = 256  # tokens that are read at once
+PIECE = 64  # tokens that standard errors take as independent of the next ones
+_KEPT = 500_000_000  # weights: a smaller checkpoint stays in memory, a larger one is read for every piece
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one model loses against another on the same windows.
+class Estimate:
+    """A figure and its standard error, pieces of 64 tokens being independent; None where there is one piece only."""
 
-    percent  of perplexity
-    error    standard error of percent: paired, windows being independent
+    value: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one model did.  Against the first of the models, and None for that one itself: percent, kl, top1.
+
+    perplexity     exp of the mean negative log-likelihood of a token
+    bits_per_byte  of the text: comparable between tokenizers
+    percent        of perplexity more than the first; paired, so its error is smaller than those of both
+    kl             nats per token, from the first one's distribution to this one's
+    top1           share of tokens with the same most likely next token
     """
 
-    percent: float
-    error: float
+    name: str
+    perplexity: Estimate
+    bits_per_byte: Estimate
+    percent: Estimate | None
+    kl: Estimate | None
+    top1: Estimate | None
 
 
-def cost(nll_model: Array, nll_reference: Array) -> Cost:
-    """Compare two models' nll (windows, T - 1)."""
-    d = (nll_model - nll_reference).mean(axis=1)
-    mean = float(d.mean())
-    error = float(d.std(ddof=1)) / math.sqrt(len(d))
-    return Cost(100 * math.expm1(mean), 100 * math.exp(mean) * error)
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found: on so many predictions of tokens, which are so many bytes of text."""
+
+    n_documents: int
+    n_predictions: int
+    n_bytes: int
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class WordScore:
+    """How often a model gave the last word, as its most likely tokens; and the perplexity of that word."""
+
+    name: str
+    accuracy: Estimate
+    perplexity: Estimate
+
+
+class Feeds(Protocol):
+    """What reads tokens and gives logits: a Model, or a Reference."""
+
+    def feed(self, tokens: Sequence[int], state: Any = None, *, every: bool = False) -> tuple[Array, Any]: ...
+
+
+class Reference:
+    """A checkpoint as numpy runs it in float32, reading its weights as they are needed."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._spec = checkpoint.spec
+        self._weights: Mapping[str, Array | QTensor] = Weights(checkpoint.tensors)
+        if checkpoint.spec.n_parameters <= _KEPT:
+            self._weights = dict(self._weights)
+
+    def feed(self, tokens: Sequence[int], state: Any = None, *, every: bool = False) -> tuple[Array, Any]:
+        """As Model.feed."""
+        logits, state = run_reference(self._spec, self._weights, list(tokens), state)
+        return logits if every else logits[-1], state
+
+
+# --- what is read ---
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens that are read from a zero state; every one but the first is predicted, and is so many bytes of text."""
+
+    ids: list[int]
+    n_bytes: list[int]
+
+
+def documents(path: str | Path) -> list[str]:
+    """Read a text file: one document, or several between lines of <|endoftext|>; or a .jsonl of objects with a "text".
+
+    Raises  InputError if it is not there, not UTF-8, or holds no text.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except OSError as e:
+        raise InputError(f"{path} cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path} is not UTF-8 text: {e.reason} at byte {e.start}") from e
+    if path.suffix == ".jsonl":
+        found = []
+        for i, line in enumerate(text.splitlines(), 1):
+            try:
+                found.append(json.loads(line)["text"])
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
+                raise InputError(f'{path}, line {i}: expected a JSON object with a "text"') from e
+            if not isinstance(found[-1], str):
+                raise InputError(f'{path}, line {i}: its "text" is no text')
+    else:
+        found = text.replace("\r\n", "\n").split("\n<|endoftext|>\n")
+    found = [text for text in found if text.strip()]
+    if not found:
+        raise InputError(f"{path} holds no text")
+    return found
+
+
+def passages(
+    texts: Sequence[str], tokenizer: Tokenizer, *, end_of_text: int | None, window: int | None, limit: int | None
+) -> list[Passage]:
+    """Cut texts into what is read at once: whole documents, each after an end of text, or windows of so many tokens."""
+    found = []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        stream = tokenizer.stream()
+        sizes = [len(stream.push(i).encode()) for i in ids]
+        if sizes:
+            sizes[-1] += len(stream.finish().encode())
+        if window:
+            found += [Passage(ids[i : i + window], sizes[i : i + window]) for i in range(0, len(ids), window)]
+        elif end_of_text is None:
+            found.append(Passage(ids, sizes))
+        else:
+            found.append(Passage([end_of_text, *ids], [0, *sizes]))
+    found = [p for p in found if len(p.ids) > 1][:limit]
+    if not found:
+        raise InputError("the text is shorter than two tokens")
+    return found
+
+
+# --- how it is measured ---
+
+
+def evaluate(
+    bundles: Sequence[str | Path],
+    texts: Sequence[str],
+    *,
+    against: str | Path | None = None,
+    window: int | None = None,
+    limit: int | None = None,
+    role: str = "run",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure how well models predict texts, and how far they are from the first of them.
+
+    against  a checkpoint to compare with, in float32: it becomes the first
+    window   read windows of so many tokens, each from a zero state, instead of whole documents
+    limit    at most so many documents, or windows
+    role     of the graph: "run", or "exact"
+    progress called with tokens done and tokens in all
+
+    All models are open at once.
+
+    Raises  BundleError, CheckpointError, BackendError; InputError if the models do not share one tokenizer
+    """
+    if window is not None and window < 2:
+        raise InputError(f"a window of {window} tokens predicts nothing: expected 2 or more")
+    models, tokenizer = _open(bundles, threads, role)
+    read = passages(texts, tokenizer, end_of_text=models[0].end_of_text, window=window, limit=limit)
+    feeds: list[Feeds] = [*models]
+    names = [Path(b).name for b in bundles]
+    if against:
+        feeds.insert(0, _reference(against, models[0]))
+        names.insert(0, Path(against).name)
+    total, done = sum(len(p.ids) - 1 for p in read), 0
+    pieces, n_tokens, n_bytes = [], [], []
+    for passage in read:
+        states: list[Any] = [None] * len(feeds)
+        inputs, targets, sizes = passage.ids[:-1], np.asarray(passage.ids[1:]), passage.n_bytes[1:]
+        for i in range(0, len(inputs), _CHUNK):
+            logits = []
+            for k, model in enumerate(feeds):
+                rows, states[k] = model.feed(inputs[i : i + _CHUNK], states[k], every=True)
+                logits.append(rows)
+            for j in range(0, len(logits[0]), PIECE):
+                y = targets[i + j : i + _CHUNK][:PIECE]
+                pieces.append(_sums([rows[j : j + PIECE] for rows in logits], y))
+                n_tokens.append(len(y))
+                n_bytes.append(sum(sizes[i + j : i + j + len(y)]))
+            done += len(logits[0])
+            if progress:
+                progress(done, total)
+    return Evaluation(len(read), sum(n_tokens), sum(n_bytes), _scores(names, np.stack(pieces, 1), n_tokens, n_bytes))
+
+
+def last_words(
+    bundles: Sequence[str | Path],
+    texts: Sequence[str],
+    *,
+    against: str | Path | None = None,
+    limit: int | None = None,
+    role: str = "run",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[WordScore, ...]:
+    """Measure how often models give the last word of each text, as LAMBADA does: arguments as of `evaluate`.
+
+    A word counts if each of its tokens is the most likely one.
+
+    Source  arXiv 1606.06031; the counting is that of the official RWKV scripts
+    """
+    models, tokenizer = _open(bundles, threads, role)
+    feeds: list[Feeds] = [*models]
+    names = [Path(b).name for b in bundles]
+    if against:
+        feeds.insert(0, _reference(against, models[0]))
+        names.insert(0, Path(against).name)
+    nll: list[list[float]] = [[] for _ in feeds]
+    right: list[list[bool]] = [[] for _ in feeds]
+    texts = list(texts)[:limit]
+    for n, text in enumerate(texts, 1):
+        before, space, word = text.strip().rpartition(" ")
+        if not before:
+            raise InputError(f"text {n} has no last word: {text[:40]!r}")
+        start = [] if models[0].end_of_text is None else [models[0].end_of_text]
+        ids, target = start + tokenizer.encode(before), tokenizer.encode(space + word)
+        for k, model in enumerate(feeds):
+            first, state = model.feed(ids)
+            rows = first[None]
+            if len(target) > 1:
+                rows = np.concatenate([rows, model.feed(target[:-1], state, every=True)[0]])
+            nll[k].append(-float(log_softmax(rows)[np.arange(len(target)), target].sum()))
+            right[k].append(bool((rows.argmax(-1) == target).all()))
+        if progress:
+            progress(n, len(texts))
+    ones = np.ones(len(texts))
+    return tuple(
+        WordScore(name, _ratio(np.asarray(right[k], float), ones), _exp(_ratio(np.asarray(nll[k]), ones)))
+        for k, name in enumerate(names)
+    )
+
+
+def _open(bundles: Sequence[str | Path], threads: int | None, role: str) -> tuple[list[Model], Tokenizer]:
+    models = [open_bundle(path, threads=threads, role=role) for path in bundles]
+    first = models[0]
+    for path, model in zip(bundles, models, strict=True):
+        if model.tokenizer is None:
+            raise BundleError(f"{path} has no tokenizer: export with --tokenizer")
+        if _tokenizer_sha(model) != _tokenizer_sha(first):
+            raise InputError(
+                f"{path} has another tokenizer than {bundles[0]}: evaluate them one by one, and compare bits per byte"
+            )
+    assert first.tokenizer is not None
+    return models, first.tokenizer
+
+
+def _tokenizer_sha(model: Model) -> str:
+    manifest = model.bundle.manifest
+    sha: str = manifest["files"][manifest["tokenizer"]["file"]]["sha256"]
+    return sha
+
+
+def _reference(against: str | Path, model: Model) -> Reference:
+    checkpoint = open_checkpoint(against)
+    if checkpoint.spec.n_vocab != model.spec.n_vocab:
+        raise InputError(
+            f"{against} has a vocabulary of {checkpoint.spec.n_vocab}, the bundles one of {model.spec.n_vocab}: "
+            "they cannot be compared"
+        )
+    return Reference(checkpoint)
+
+
+def _sums(logits: Sequence[Array], y: Array) -> Array:
+    """Sums (models, 3) over tokens of nll, KL and agreement, against the first model: logits (T, V) each, y (T,)."""
+    sums = np.zeros((len(logits), 3))
+    for k, x in enumerate(logits):
+        log_q = log_softmax(x)
+        if k == 0:
+            log_p = log_q
+            p = np.exp(log_p)
+        sums[k] = (
+            -log_q[np.arange(len(y)), y].sum(),
+            (p * (log_p - log_q)).sum(),
+            (log_p.argmax(-1) == log_q.argmax(-1)).sum(),
+        )
+    return sums
+
+
+def _scores(names: Sequence[str], sums: Array, n_tokens: Sequence[int], n_bytes: Sequence[int]) -> tuple[Score, ...]:
+    """From sums (models, pieces, 3) to figures."""
+    tokens, nbytes = np.asarray(n_tokens, float), np.asarray(n_bytes, float)
+
+    def one(k: int, name: str) -> Score:
+        nll, kl, top1 = sums[k].T
+        percent = _exp(_ratio(nll - sums[0, :, 0], tokens))
+        percent = Estimate(100 * (percent.value - 1), percent.error and 100 * percent.error)
+        return Score(
+            name,
+            _exp(_ratio(nll, tokens)),
+            _ratio(nll / math.log(2), nbytes),
+            percent if k else None,
+            _ratio(kl, tokens) if k else None,
+            _ratio(top1, tokens) if k else None,
+        )
+
+    return tuple(one(k, name) for k, name in enumerate(names))
+
+
+def _ratio(sums: Array, n: Array) -> Estimate:
+    """A mean over all that the pieces hold, and its standard error over pieces: the usual one of a ratio."""
+    value = float(sums.sum() / n.sum())
+    m = len(n)
+    if m < 2:
+        return Estimate(value, None)
+    return Estimate(value, math.sqrt(float(((sums - value * n) ** 2).sum()) * m / (m - 1)) / float(n.sum()))
+
+
+def _exp(x: Estimate) -> Estimate:
+    value = math.exp(min(x.value, 700.0))
+    return Estimate(value, x.error and value * x.error)

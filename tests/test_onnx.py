@@ -12,9 +12,9 @@ import pytest
 from conftest import DEMO, GRAPH, GRAPH_STATE, INT8_RMS, apart
 
 from rwkv_edge.bundle import read_bundle
-from rwkv_edge.check import Weights, run_reference
 from rwkv_edge.convert import export
 from rwkv_edge.errors import ExportError, QuantizeError
+from rwkv_edge.reference import Weights, run_reference
 
 WIDTHS = [
     {"quant": "none"},

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import DEMO, REFERENCE, apart
 
-from rwkv_edge.check import run_reference
 from rwkv_edge.checkpoints import open_checkpoint
+from rwkv_edge.reference import run_reference
 
 pytestmark = pytest.mark.reference
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import FORMS, REFERENCE, apart
 
 from rwkv_edge import check, models
-from rwkv_edge.check import run_reference
 from rwkv_edge.models import rwkv7
+from rwkv_edge.reference import run_reference
 
 MODELS = ["demo", *factory.SHAPES]
 

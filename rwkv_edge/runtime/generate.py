@@ -1,19 +1,21 @@
 """Text as it comes: a prompt read in chunks, then one token at a time."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import InputError
-from .sampling import Sampling, log_softmax, sample
+from .sampling import Array, Occurrences, Probabilities, Sampling, adjust, log_softmax, sample
 from .session import Loop, Tokens
 from .state import State
 
 if TYPE_CHECKING:
     from .session import Model
+
+Logits = Callable[[Array, Sequence[int]], Array]
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class Token:
     """One generated token.
 
     text     whole characters that it completes; empty while one is unfinished, or while a stop text may be coming
-    logprob  natural logarithm of its probability, before temperature and top_p
+    logprob  natural logarithm of its probability by the model, before any setting of Sampling
+    top      the most likely tokens in its place, with their logprobs, as many as were asked for
     """
 
     id: int
     text: str
     logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass
@@ -42,10 +46,9 @@ class Stats:
 class Generation:
     """An iterator over tokens, for one thread at a time.
 
-    Ends at max_tokens, at the end of text (whose token is the last one given), or at a stop text (which is not part of
-    any token's text).
-
-    stats  times so far
+    stats   times so far
+    finish  why it ended: "length" (max_tokens), "end" (of text, whose token is the last one given), "stop" (a stop text,
+            which is not part of any token's text); None before
     """
 
     def __init__(
@@ -53,80 +56,123 @@ class Generation:
         model: "Model",
         prompt: Tokens,
         state: State | None,
+        *,
         max_tokens: int | None,
-        sampling: Sampling,
         stop: Sequence[str],
-        end_of_text: int | None,
+        sampling: Sampling,
+        logits: Logits | None,
+        n_top: int,
     ) -> None:
-        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 0):
-            raise InputError(f"max_tokens {max_tokens!r} is not possible: expected 0 or more, or None")
+        for name, n in (("max_tokens", max_tokens), ("top_logprobs", n_top)):
+            if n is not None and (type(n) is not int or n < 0):
+                raise InputError(f"{name} {n!r} is not possible: expected a whole number, 0 or more")
         if isinstance(stop, str) or not isinstance(stop, Iterable):
             raise InputError("stop is a list of texts, none of them empty")
         stop = tuple(stop)
         if not all(isinstance(s, str) and s for s in stop):
             raise InputError("stop is a list of texts, none of them empty")
+        if sampling.ban or sampling.bias:
+            model.check_tokens([*sampling.ban, *sampling.bias])
         self.stats = Stats()
+        self.finish: str | None = "length" if max_tokens == 0 else None
         self._model, self._prompt, self._max_tokens = model, prompt, max_tokens
-        self._sampling, self._end_of_text = sampling, end_of_text
+        self._sampling, self._callback, self._n_top = sampling, logits, n_top
         self._rng = np.random.default_rng(sampling.seed)
+        self._said = Occurrences(model.spec.n_vocab)
+        self._ids: list[int] = []  # given, but for the end of text; the state has the last one once it is asked for
         self._loop = Loop(model)
         self._loop.load(state)
-        self._first = state
-        self._logits: np.ndarray | None = None
-        self._unread: int | None = None  # the last token given: the state has it once it is asked for or continued
+        self._first, self._n_first = state, self._loop.n_tokens + len(prompt)
         self._text = _Text(model, prompt, stop)
-        self._ended = max_tokens == 0
+        self._mark: tuple[State, str] | None = None  # before what may be a stop: a state, and the text since then
 
     def __iter__(self) -> "Generation":
         return self
 
     def __next__(self) -> Token:
-        if self._ended:
+        if self.finish:
             raise StopIteration
-        self._read()
-        assert self._logits is not None
+        logits = self._read()
         start = time.perf_counter()
-        token = sample(self._logits, self._sampling, self._rng)
-        logprob = float(log_softmax(self._logits)[token])
+        log_p = log_softmax(logits)
+        token = sample(self._changed(logits, log_p), self._sampling, self._rng)
+        if self._sampling.penalizes:
+            tokenizer = self._model.tokenizer
+            text = tokenizer.decode([token]) if tokenizer else None
+            self._said.add(token, text, self._sampling.penalty_decay)
+        likely = np.argsort(-log_p, kind="stable")[: self._n_top] if self._n_top else ()
+        top = tuple((int(i), float(log_p[i])) for i in likely)
         self.stats.decode_s += time.perf_counter() - start
-        self.stats.n_generated += 1
-        if token == self._end_of_text:
-            self._ended = True
-            return Token(token, self._text.finish(), logprob)
-        self._unread = token
-        text, stopped = self._text.push(token)
-        if self.stats.n_generated == self._max_tokens and not stopped:
-            text, stopped = text + self._text.finish(), True
-        self._ended = stopped
-        return Token(token, text, logprob)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of weights that one step reads: all but the embedding, of which it reads a row."""
-        tensors = self._model.bundle.tensors
-        return sum(t.data.nbytes + (t.scales.nbytes if t.scales else 0) for n, t in tensors.items() if n != "emb.weight")
+        return Token(token, self._say(token), float(log_p[token]), top)
 
     @property
     def state(self) -> State:
-        """The state after the prompt and every token given so far, but for the end of text."""
-        self._read()
-        return self._loop.state()
+        """The state after the prompt and every token given so far, but for the end of text or a stop text."""
+        if self.finish != "stop":
+            self._read()
+            return self._loop.state()
+        assert self._mark is not None
+        state, text = self._mark
+        if text:
+            _, state = self._model.feed(self._model.encode(text), state)
+            self._mark = state, ""
+        return state
 
-    def _read(self) -> None:
-        """Read the prompt, or the last token."""
-        start = time.perf_counter()
-        if self._logits is None:
+    def _changed(self, logits: Array, log_p: Probabilities) -> Probabilities:
+        """Log-probabilities after bans, penalties, biases, and the callback."""
+        changed = adjust(logits, self._sampling, self._said)
+        if self._callback:
+            changed = np.asarray(self._callback(changed.copy(), tuple(self._ids)), np.float32)
+            if changed.shape != logits.shape:
+                raise InputError(f"the logits callback gave shape {changed.shape}, expected {logits.shape}")
+        if changed is logits:
+            return log_p
+        if not np.isfinite(changed.max()):
+            raise InputError("bans, biases and the logits callback leave no token to choose from")
+        return log_softmax(changed)
+
+    def _say(self, token: int) -> str:
+        """Take the token that was chosen: the text that is certain now."""
+        self.stats.n_generated += 1
+        if token == self._model.end_of_text:
+            self.finish = "end"
+            return self._text.finish()
+        self._ids.append(token)
+        before = self._text.held
+        text, new, stopped = self._text.push(token)
+        # What is, or may be, a stop begins so many characters from the end of `before + new`.
+        n = len(before) + len(new) - len(text) if stopped else len(self._text.held)
+        if not n:
+            self._mark = None
+        elif n <= len(new) or self._mark is None:  # in this token, which the state has not read
+            self._mark = self._loop.state(), new[: len(new) - n]
+        else:
+            self._mark = self._mark[0], self._mark[1] + text
+        if stopped:
+            self.finish = "stop"
+        elif self.stats.n_generated == self._max_tokens:
+            self.finish = "length"
+            text += self._text.finish()
+        return text
+
+    def _read(self) -> Array:
+        """Read the prompt, or the last token: the logits (V,) that follow.
+
+        How far the loop has come is the loop's to say: an interrupt may have come at any moment.
+        """
+        loop, start = self._loop, time.perf_counter()
+        if loop.n_tokens < self._n_first:
             with self._model._lock:
-                self._loop.load(self._first)  # again: an interrupt may have left it inside the prompt
-                self._logits = self._loop.read(self._prompt)[0]
+                loop.load(self._first)
+                loop.read(self._prompt)
             self._first = None
             self.stats.n_prompt = len(self._prompt)
             self.stats.prefill_s += time.perf_counter() - start
-        elif self._unread is not None:
+        elif loop.n_tokens < self._n_first + len(self._ids):
             with self._model._lock:
-                self._logits = self._loop.step(self._unread)
-            self._unread = None
+                loop.step(self._ids[-1])
             self.stats.decode_s += time.perf_counter() - start
+        return loop.logits
 
 
 class _Text:
@@ -136,27 +182,20 @@ class _Text:
         if stop and model.tokenizer is None:
             raise InputError("stop texts need a tokenizer, and the bundle has none")
         self._stream = model.tokenizer.stream(prompt.tolist()) if model.tokenizer else None
-        self._stop, self._held = tuple(stop), ""
+        self._stop, self.held = tuple(stop), ""
 
-    def push(self, token: int) -> tuple[str, bool]:
-        """Take a token; give the text that is certain now, and whether a stop has come."""
-        if self._stream is None:
-            return "", False
-        return self._add(self._stream.push(token))
+    def push(self, token: int) -> tuple[str, str, bool]:
+        """Take a token; give the text that is certain now, the token's own text, and whether a stop has come."""
+        new = self._stream.push(token) if self._stream else ""
+        held = self.held + new
+        found = [at for at in (held.find(s) for s in self._stop) if at >= 0]
+        if found:
+            self.held = ""
+            return held[: min(found)], new, True
+        n = max((k for s in self._stop for k in range(1, len(s)) if held.endswith(s[:k])), default=0)
+        self.held = held[len(held) - n :]
+        return held[: len(held) - n], new, False
 
     def finish(self) -> str:
         """Give what is held back."""
-        if self._stream is None:
-            return ""
-        text, stopped = self._add(self._stream.finish())
-        return text if stopped else text + self._held
-
-    def _add(self, text: str) -> tuple[str, bool]:
-        held = self._held + text
-        found = [at for at in (held.find(s) for s in self._stop) if at >= 0]
-        if found:
-            self._held = ""
-            return held[: min(found)], True
-        n = max((k for s in self._stop for k in range(1, len(s)) if held.endswith(s[:k])), default=0)
-        self._held = held[len(held) - n :]
-        return held[: len(held) - n], False
+        return self.held + (self._stream.finish() if self._stream else "")

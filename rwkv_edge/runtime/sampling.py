@@ -1,7 +1,13 @@
-"""From logits to a token: pure functions, and the settings they take."""
+"""From logits to a token: pure functions, and the settings they take.
+
+The order is that of the `rwkv` package: bans, biases and penalties change logits; top_k, top_p and min_p look at the
+probabilities that follow, typical_p at what these leave; the temperature comes last.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +15,8 @@ import numpy.typing as npt
 from ..errors import BackendError, InputError
 
 Array = npt.NDArray[np.float32]
+Probabilities = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
 _LIKELY = 512  # tokens looked at before the whole vocabulary is sorted
 
 
@@ -16,59 +24,207 @@ _LIKELY = 512  # tokens looked at before the whole vocabulary is sorted
 class Sampling:
     """How the next token is chosen.
 
-    temperature  0 takes the most likely token; above, logits are divided by it
-    top_p        keep the fewest most likely tokens whose probabilities reach this sum, from 0 to 1
-    seed         the same seed gives the same tokens; None a different one each time
+    temperature        0 takes the most likely token; above, log-probabilities are divided by it
+    top_k              keep so many of the most likely tokens; 0 keeps all
+    top_p              keep the fewest most likely tokens whose probabilities reach this sum, from 0 to 1
+    min_p              keep tokens at least so likely, as a share of the most likely one
+    typical_p          keep the tokens whose surprise is nearest to the expected one, up to this sum
+    presence_penalty   taken from the logit of every token that was generated before
+    frequency_penalty  times its count, taken as well
+    penalty_decay      what a count is multiplied with at every further token
+    ban                ids of tokens that are never chosen
+    bias               id -> what is added to its logit
+    seed               the same seed gives the same tokens; None a different one each time
 
     Raises  InputError if one of these is out of range.
+    Source  penalties and their decay: `rwkv` package, utils.py; typical_p: arXiv 2202.00666
     """
 
     temperature: float = 1.0
+    top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_decay: float = 0.996
+    ban: Sequence[int] = ()
+    bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("temperature", (int, float)), ("top_p", (int, float)), ("seed", (int, type(None)))):
-            if not isinstance(getattr(self, name), kind):
-                raise InputError(f"{name} {getattr(self, name)!r} is not a number of the kind expected")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise InputError(f"temperature {self.temperature} is not possible: expected 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p {self.top_p} is not possible: expected more than 0, at most 1")
-        if self.seed is not None and self.seed < 0:
-            raise InputError(f"seed {self.seed} is not possible: expected 0 or more")
+        for name, bounds in _RANGES.items():
+            _refuse_outside(name, getattr(self, name), bounds)
+        for name in ("top_k", "seed"):
+            x = getattr(self, name)
+            if not (type(x) is int and x >= 0) and (name, x) != ("seed", None):
+                raise InputError(f"{name} {x!r} is not possible: expected a whole number, 0 or more")
+        object.__setattr__(self, "ban", tuple(self.ban))
+        for token in (*self.ban, *self.bias):
+            if type(token) is not int or token < 0:
+                raise InputError(f"{token!r} is no token id: bans and biases are by id")
+        for token, x in self.bias.items():
+            _refuse_outside(f"bias of token {token}", x, _LOGIT)
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether what was said changes what is said next."""
+        return bool(self.presence_penalty or self.frequency_penalty)
 
 
-def log_softmax(logits: Array) -> npt.NDArray[np.float64]:
-    """Log-probabilities over the last axis, in float64."""
+class Settings(TypedDict, total=False):
+    """The fields of Sampling, each as an option."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    penalty_decay: float
+    ban: Sequence[int]
+    bias: Mapping[int, float]
+    seed: int | None
+
+
+_SHARE = (math.ulp(0), 1.0, "more than 0, at most 1")
+_LOGIT = (-1e4, 1e4, "-10000 to 10000")
+_RANGES = {
+    "temperature": (0.0, math.inf, "0 or more"),
+    "top_p": _SHARE,
+    "min_p": (0.0, 1.0, "0 to 1"),
+    "typical_p": _SHARE,
+    "presence_penalty": _LOGIT,
+    "frequency_penalty": _LOGIT,
+    "penalty_decay": (0.0, 1.0, "0 to 1"),
+}
+
+
+def _refuse_outside(name: str, x: object, bounds: tuple[float, float, str]) -> None:
+    low, high, expected = bounds
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or not (math.isfinite(x) and low <= x <= high):
+        raise InputError(f"{name} {x!r} is not possible: expected {expected}")
+
+
+class Occurrences:
+    """What was generated so far, as the penalties see it.
+
+    seen    (V,) bool
+    counts  (V,) an occurrence k tokens ago counts decay**k
+    """
+
+    def __init__(self, n_vocab: int) -> None:
+        self.seen = np.zeros(n_vocab, bool)
+        self.counts = np.zeros(n_vocab)
+
+    def add(self, token: int, text: str | None, decay: float) -> None:
+        """Take one more token.
+
+        text  of the token: digits, a space and a tab are seen and not counted, as the `rwkv` package has it
+        """
+        self.counts *= decay
+        self.seen[token] = True
+        self.counts[token] += text is None or text not in " \t0123456789"
+
+
+def penalize(logits: Array, occurrences: Occurrences, *, presence: float, frequency: float) -> Array:
+    """Take from the logits (V,) what was said already: presence once, frequency by count."""
+    return logits - (presence * occurrences.seen + frequency * occurrences.counts).astype(np.float32)
+
+
+def adjust(logits: Array, sampling: Sampling, occurrences: Occurrences) -> Array:
+    """Bans, penalties and biases: logits (V,), the same array if there are none."""
+    if sampling.penalizes:
+        logits = penalize(logits, occurrences, presence=sampling.presence_penalty, frequency=sampling.frequency_penalty)
+    if sampling.ban or sampling.bias:
+        logits = logits.copy()
+        for token, x in sampling.bias.items():
+            logits[token] += x
+        logits[list(sampling.ban)] = -np.inf
+    return logits
+
+
+def log_softmax(logits: Array) -> Probabilities:
+    """Log-probabilities over the last axis, in float64.
+
+    Raises  BackendError if logits are not numbers: the model diverged.
+    """
+    top = logits.max(-1, keepdims=True)
+    if not np.isfinite(top).all():
+        raise BackendError("the model gave logits that are not finite: check the bundle with `rwkv-edge check`")
     x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
+    x -= top
     x -= np.log(np.exp(x).sum(-1, keepdims=True))
     return x
 
 
-def top_p(p: npt.NDArray[np.float64], threshold: float) -> npt.NDArray[np.int64]:
-    """Give the fewest most likely tokens whose probabilities sum to the threshold, most likely first; equals by id."""
-    likely = np.arange(len(p)) if len(p) <= _LIKELY else np.sort(np.argpartition(-p, _LIKELY)[:_LIKELY])
-    if p[likely].sum() < threshold or (p == p[likely].min()).sum() > 1:  # the cut may run through equals
-        likely = np.arange(len(p))
-    order = likely[np.argsort(-p[likely], kind="stable")]
-    n = int(np.searchsorted(p[order].cumsum(), threshold * (1 - 1e-12))) + 1
-    return order[:n]
+# --- which tokens stay; p is sorted, the most likely first ---
 
 
-def sample(logits: Array, sampling: Sampling, rng: np.random.Generator) -> int:
-    """Choose a token; logits (V,).
+def top_p(p: Probabilities, threshold: float) -> int:
+    """Give how many of the most likely tokens are the fewest whose probabilities sum to the threshold."""
+    return min(int(np.searchsorted(p.cumsum(), threshold * (1 - 1e-12))) + 1, len(p))
 
-    Raises  BackendError if the logits are not numbers: the model diverged.
+
+def min_p(p: Probabilities, share: float) -> int:
+    """Give how many tokens are at least so likely, as a share of the most likely one."""
+    return int((p >= share * p[0]).sum())
+
+
+def typical(p: Probabilities, threshold: float) -> Ids:
+    """Give the fewest tokens that sum to the threshold, those first whose surprise is nearest to its expectation.
+
+    p        (n,) in any order, with sum 1
+    Returns  their places in p, in p's order
+    Source   arXiv 2202.00666
     """
-    if not np.isfinite(logits.max()):
-        raise BackendError("the model gave logits that are not finite: check the bundle with `rwkv-edge check`")
+    with np.errstate(divide="ignore"):
+        surprise = -np.log(p)
+    expected = p @ np.where(p > 0, surprise, 0)
+    order = np.argsort(np.abs(surprise - expected), kind="stable")
+    return np.sort(order[: top_p(p[order], threshold)])
+
+
+def candidates(log_p: Probabilities, sampling: Sampling) -> Ids:
+    """Give the ids that top_k, top_p, min_p and typical_p leave: log_p (V,)."""
+    s = sampling
+    if s.top_k == 0 and s.top_p == 1 and s.min_p == 0:
+        kept: Ids = np.flatnonzero(log_p > -np.inf)
+    else:
+        kept = _most_likely(log_p, _LIKELY)
+        n = _n_kept(np.exp(log_p[kept]), s)
+        if n == len(kept) < len(log_p):  # perhaps more
+            kept = _most_likely(log_p, len(log_p))
+            n = _n_kept(np.exp(log_p[kept]), s)
+        kept = kept[:n]
+    if s.typical_p < 1:
+        p = np.exp(log_p[kept])
+        kept = kept[typical(p / p.sum(), s.typical_p)]
+    return kept
+
+
+def _n_kept(p: Probabilities, s: Sampling) -> int:
+    n = min(s.top_k or len(p), len(p), int((p > 0).sum()))
+    return min(n, top_p(p, s.top_p) if s.top_p < 1 else n, min_p(p, s.min_p))
+
+
+def _most_likely(log_p: Probabilities, n: int) -> Ids:
+    """The ids of at most n tokens, the most likely first, equals by id; fewer where the cut would run through equals."""
+    likely: Ids = np.arange(len(log_p))
+    if n < len(log_p):
+        likely = np.sort(np.argpartition(-log_p, n)[:n])
+        likely = likely[log_p[likely] > log_p[likely].min()]
+    return likely[np.argsort(-log_p[likely], kind="stable")]
+
+
+def sample(log_p: Probabilities, sampling: Sampling, rng: np.random.Generator) -> int:
+    """Choose a token by its log-probabilities (V,), bans, biases and penalties being in them."""
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    scaled = (logits.astype(np.float64) - float(logits.max())) / sampling.temperature
-    p = np.exp(scaled - np.log(np.exp(scaled).sum()))
-    kept = top_p(p, sampling.top_p) if sampling.top_p < 1 else np.arange(len(p))
-    cumulative = p[kept].cumsum()
+        return int(log_p.argmax())
+    kept = candidates(log_p, sampling)
+    x = log_p[kept]
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf, so 0
+        cumulative = np.exp((x - x.max()) / sampling.temperature).cumsum()
     at = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
     return int(kept[min(at, len(kept) - 1)])

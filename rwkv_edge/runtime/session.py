@@ -2,20 +2,21 @@
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from ..bundle import Bundle, read_bundle
-from ..errors import BackendError, InputError, StateError
+from ..errors import BackendError, BundleError, InputError, StateError
 from ..tokenizer import Tokenizer
-from .sampling import Sampling
+from .sampling import Sampling, Settings
 from .state import State, load_state
 
 if TYPE_CHECKING:
-    from .generate import Generation
+    from .generate import Generation, Logits
 
 Array = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]
@@ -39,8 +40,10 @@ def open_bundle(
 class Model:
     """A bundle's graph in an onnxruntime session.  States may be shared between threads, and so may a model.
 
-    bundle     manifest, spec and tensors
-    tokenizer  of the bundle; None where it has none
+    bundle       manifest, spec and tensors
+    tokenizer    of the bundle; None where it has none
+    end_of_text  id of the token that ends a text, or None
+    sampling     the bundle's defaults
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, spin: bool = True, role: str = "run") -> None:
@@ -48,7 +51,11 @@ class Model:
         self.spec = bundle.spec
         about = bundle.manifest["tokenizer"]
         self.tokenizer = Tokenizer(bundle.path / about["file"]) if about else None
-        self._end_of_text = about["end_of_text"] if about else None
+        self.end_of_text: int | None = about["end_of_text"] if about else None
+        try:
+            self.sampling = Sampling(**bundle.manifest["sampling"])
+        except InputError as e:
+            raise BundleError(f"{bundle.path} is damaged: its {e}") from e
         self._graph = bundle.graph(role)
         self._session = _session(bundle.path / self._graph["file"], self._graph["needs"], threads, spin)
         self._lock = threading.Lock()
@@ -76,30 +83,38 @@ class Model:
         state: State | None = None,
         *,
         max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
         stop: Sequence[str] = (),
+        logits: "Logits | None" = None,
+        top_logprobs: int = 0,
+        sampling: Sampling | None = None,
+        **settings: Unpack[Settings],
     ) -> "Generation":
         """Read a prompt and continue it, token by token, as the result is iterated over.
 
-        prompt             text or token ids
-        max_tokens         None: until the end of text
-        temperature, top_p see Sampling; None takes the bundle's defaults
-        stop               texts that end the generation and are not part of it
+        prompt        text or token ids
+        max_tokens    None: until the end of text
+        stop          texts that end the generation and are not part of it
+        logits        called before every choice with the logits (V,) and the ids given so far; returns the logits to choose
+                      by, such as with -inf for what a grammar forbids
+        top_logprobs  so many most likely tokens are given with each
+        sampling      None takes the bundle's
+        settings      temperature, top_p, seed ...: changes to it, see Sampling
 
         Raises  InputError for an empty prompt or settings out of range; StateError for another model's state.
         """
         from .generate import Generation
 
-        defaults = self.bundle.manifest["sampling"]
-        sampling = Sampling(
-            defaults["temperature"] if temperature is None else temperature,
-            defaults["top_p"] if top_p is None else top_p,
-            seed,
-        )
         ids = self.check_tokens(self.encode(prompt) if isinstance(prompt, str) else prompt)
-        return Generation(self, ids, state, max_tokens, sampling, stop, self._end_of_text)
+        return Generation(
+            self,
+            ids,
+            state,
+            max_tokens=max_tokens,
+            stop=stop,
+            sampling=replace(sampling or self.sampling, **settings),
+            logits=logits,
+            n_top=top_logprobs,
+        )
 
     def encode(self, text: str) -> list[int]:
         """Give the token ids of a text.
@@ -109,6 +124,22 @@ class Model:
         if self.tokenizer is None:
             raise InputError(f"{self.bundle.path} has no tokenizer: give token ids (run --ids), or export with --tokenizer")
         return self.tokenizer.encode(text)
+
+    def token(self, text: str) -> int:
+        """Give the id of a text that is one token.
+
+        Raises  InputError if it is none, or several.
+        """
+        ids = self.encode(text)
+        if len(ids) != 1:
+            raise InputError(f"{text!r} is {len(ids)} tokens {ids}, and not one: give ids")
+        return ids[0]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that one step reads: all but the embedding, of which it reads a row."""
+        tensors = self.bundle.tensors
+        return sum(t.data.nbytes + (t.scales.nbytes if t.scales else 0) for n, t in tensors.items() if n != "emb.weight")
 
     def load_state(self, path: str | Path) -> State:
         """Read a state file of this model.
@@ -137,6 +168,7 @@ class Loop:
     """Two private sets of state buffers that the step swaps, and the bindings of both directions.
 
     n_tokens  that the current state has read
+    logits    (V,) after the last of them, valid until the next call
     """
 
     def __init__(self, model: Model) -> None:
@@ -161,6 +193,7 @@ class Loop:
         # decoding: bound once, used for every token
         self._one = np.zeros(1, np.int64), np.zeros(1, np.int64), np.empty((1, self._spec.n_vocab), np.float32)
         self._one_bound = [False, False]
+        self.logits: Array = self._one[2][0]
         self.load(None)
 
     def _value(self, x: npt.NDArray[Any]) -> Any:
@@ -216,9 +249,8 @@ class Loop:
         if not self._one_bound[self._at]:
             self._bind(binding, *self._one)
             self._one_bound[self._at] = True
-        self._go(binding, 1)
-        row: Array = logits[0]
-        return row
+        self._go(binding, 1, logits)
+        return self.logits
 
     def _run(self, ids: Tokens, every: bool) -> Array:
         n = len(ids)
@@ -226,7 +258,7 @@ class Loop:
         logits = np.empty((len(positions), self._spec.n_vocab), np.float32)
         self._bind(self._bindings[self._at], np.ascontiguousarray(ids), positions, logits)
         self._one_bound[self._at] = False
-        self._go(self._bindings[self._at], n)
+        self._go(self._bindings[self._at], n, logits)
         return logits
 
     def _bind(self, binding: Any, tokens: Tokens, positions: Tokens, logits: Array) -> None:
@@ -234,13 +266,13 @@ class Loop:
         binding.bind_ortvalue_input("positions", self._value(positions))
         binding.bind_ortvalue_output("logits", self._value(logits))
 
-    def _go(self, binding: Any, n_tokens: int) -> None:
+    def _go(self, binding: Any, n_tokens: int, logits: Array) -> None:
         try:
             self._model._session.run_with_iobinding(binding)
         except Exception as e:  # onnxruntime's errors are of several unrelated classes
             raise BackendError(f"onnxruntime failed: {_first_line(e)}") from e
-        self._at ^= 1
-        self.n_tokens += n_tokens
+        # together: an interrupt comes before or after, and finds a whole state
+        self._at, self.n_tokens, self.logits = self._at ^ 1, self.n_tokens + n_tokens, logits[-1]
 
 
 MAX_THREADS = 256
