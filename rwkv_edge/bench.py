@@ -109,6 +109,8 @@ def memory() -> tuple[int | None, int | None]:
 
 def _measure(path: str, threads: int | None, n_prefill: int, n_decode: int, repetitions: int) -> Bench:
     """Measure in this process."""
+    import onnxruntime  # noqa: F401 (which starts threads of its own)
+
     n_before = _n_native_threads()
     start = time.perf_counter()
     model = open_bundle(path, threads=threads)

@@ -662,24 +662,19 @@ def _figure(x: Any, digits: int, factor: float = 1, unit: str = "", *, signed: b
 
 
 def _print_scores(found: Any) -> None:
-    documents = f"{found.n_documents} passages"
-    click.echo(f"{found.n_predictions:,} predictions, {found.n_bytes:,} bytes of text, {documents}\n")
+    first, passages = found.scores[0].name, "passage" if found.n_documents == 1 else "passages"
+    click.echo(f"{found.n_predictions:,} predictions, {found.n_bytes:,} bytes of text, {found.n_documents} {passages}\n")
     head: tuple[str, ...] = ("", "perplexity", "", "bits/byte", "")
     rows: list[tuple[str, ...]] = [(s.name, *_figure(s.perplexity, 3), *_figure(s.bits_per_byte, 4)) for s in found.scores]
-    if len(found.scores) > 1:
-        head += ("more", "", "KL", "", "same top", "")
-        rows = [
-            (
-                *row,
-                *_figure(s.percent, 2, 1, " %", signed=True),
-                *_figure(s.kl, 5),
-                *_figure(s.top1, 1, 100, " %"),
-            )
-            for row, s in zip(rows, found.scores, strict=True)
-        ]
-    _table(head, rows)
-    if len(found.scores) > 1:
-        click.echo(f"\nmore, KL (nats a token), same top: beside {found.scores[0].name}")
+    if len(found.scores) == 1:
+        _table(head, rows)
+        return
+    head += ("cost", "", "KL", "", "same top", "")
+    costs = (
+        (*_figure(s.percent, 2, 1, " %", signed=True), *_figure(s.kl, 6), *_figure(s.top1, 1, 100, " %")) for s in found.scores
+    )
+    _table(head, [row + cost for row, cost in zip(rows, costs, strict=True)])
+    click.echo(f"\nBeside {first}: cost, of perplexity; KL, nats a token; same top, the most likely token is the same one.")
 
 
 def _print_bench(found: Sequence[Any]) -> None:

@@ -26,7 +26,9 @@ def process(*args, **options):
 def test_version_and_help():
     assert run("--version").output == f"rwkv-edge {__version__}\n"
     text = run("--help").output
-    assert re.findall(r"^  ([a-z]+)  ", text, re.M) == ["inspect", "quantize", "export", "check", "run", "demo", "completion"]
+    assert re.findall(r"^  ([a-z]+)  ", text, re.M) == [
+        *("inspect", "quantize", "export", "check", "run", "chat", "eval", "bench", "demo", "completion")
+    ]
     for name, command in cli.commands.items():
         page = run(name, "--help").output
         assert page.startswith(f"Usage: cli {name} ")
@@ -37,7 +39,7 @@ def test_version_and_help():
                     "[default: " in page
                     or parameter.multiple
                     or "state" in parameter.name
-                    or parameter.name in ("seed", "prompt")
+                    or parameter.name in ("prompt", "lines", "logprobs")
                 )
                 assert told, f"{name} {parameter.name} does not show its default"
 
@@ -114,6 +116,108 @@ def test_run_reads_stdin_and_keeps_state(bundle, tmp_path):
     continued = run("run", path, ", there was a", "--load-state", tmp_path / "s", "-n", 2, "-t", 0)
     assert continued.stdout == " little girl\n"
     assert run("run", path, "Once upon a time", "-t", 0, "--stop", "Lily", "-q").output == ", there was a little girl named \n"
+
+
+def test_prompts_from_everywhere(bundle, tmp_path):
+    """Arguments, stdin, files, lines: in this order, each from the same state."""
+    path = bundle("demo", quant="int4")
+    (tmp_path / "a.txt").write_text("The dog")
+    (tmp_path / "b.txt").write_text("The cat\n\nThe bird\r\n")
+    args = ("-", "--file", tmp_path / "a.txt", "--lines", tmp_path / "b.txt", "-n", 3, "-t", 0, "--json", "-q")
+    found = run("run", path, "Once upon", *args, stdin="A little")
+    assert found.stderr == ""
+    lines = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["Once upon", "A little", "The dog", "The cat", "The bird"]
+    alone = json.loads(run("run", path, "The bird", "-n", 3, "-t", 0, "--json", "-q").stdout)
+    assert {k: v for k, v in alone.items() if k != "stats"} == {k: v for k, v in lines[-1].items() if k != "stats"}
+    assert lines[0]["text"] == "".join(t["text"] for t in lines[0]["tokens"])
+    assert lines[0]["finish"] == "length"
+    assert (lines[0]["stats"]["n_prompt"], lines[0]["stats"]["n_generated"]) == (2, 3)
+    assert all(t["logprob"] < 0 and t["top"] == [] for t in lines[0]["tokens"])
+    piped = run("run", path, "-n", 3, "-t", 0, "-q", stdin="A little")
+    assert piped.stdout == lines[1]["text"] + "\n"
+    two = run("run", path, "A", "B", "-n", 1, "-t", 0)
+    assert two.stdout.count("\n") >= 2
+    assert len(two.stderr.splitlines()) == 2
+
+
+def test_prompts_that_are_none(bundle, tmp_path):
+    path = bundle("demo", quant="int4")
+    (tmp_path / "empty").write_text(" \n\n")
+    (tmp_path / "bad").write_bytes(b"a\xff")
+    for args, message in (
+        (["--lines", tmp_path / "empty"], f"{tmp_path / 'empty'} has no line that is not blank"),
+        (["--file", tmp_path / "bad"], f"{tmp_path / 'bad'} is not UTF-8 text: invalid start byte at byte 1"),
+        (["--file", tmp_path / "none"], f"{tmp_path / 'none'}: No such file or directory"),
+        (["a", "b", "--save-state", tmp_path / "s"], "--save-state goes with one prompt: each has a state of its own"),
+    ):
+        found = run("run", path, *args)
+        assert (found.exit_code, found.stdout, found.stderr) == (1, "", f"Error: {message}\n")
+
+
+def test_logprobs_of_every_token(bundle):
+    path = bundle("demo", quant="int4")
+    found = run("run", path, "Once upon a time", "-n", 3, "-t", 0, "--logprobs", 2, "-q").stdout.splitlines()
+    assert [re.fullmatch(r' *-\d+\.\d{3} \d+ (".*?")  \|(   -\d+\.\d{3} \d+ ".*?"){2}', x)[1] for x in found] == [
+        *('","', '" there"', '" was"')
+    ]
+    assert [len(x.split()) for x in run("run", path, "Once", "-n", 2, "--logprobs", 0, "-q").stdout.splitlines()] != []
+    odd = run("run", bundle("odd", quant="int4"), "1 2", "--ids", "-n", 2, "-t", 0, "--logprobs", 1, "-q").stdout.splitlines()
+    assert all(re.fullmatch(r" *-\d+\.\d{3} \d+  \|   -\d+\.\d{3} \d+", x) for x in odd)
+    top = json.loads(run("run", path, "Once", "-n", 1, "-t", 0, "--logprobs", 3, "--json", "-q").stdout)["tokens"][0]
+    assert top["top"][0] == [top["id"], top["logprob"]]
+    assert len(top["top"]) == 3
+
+
+def test_bans_and_biases_by_text_and_by_id(bundle, model):
+    path, m = bundle("demo", quant="int4"), model("demo", quant="int4")
+
+    def said(*args):
+        return run("run", path, "Once upon a time", "-n", 1, "-t", 0, "-q", *args)
+
+    assert said().stdout == ",\n"
+    assert said("--ban", '","').stdout == said("--ban", ",").stdout == said("--ban", m.token(",")).stdout == " there\n"
+    assert said("--bias", " dog=99").stdout == said("--bias", '" dog"=99').stdout == " dog\n"
+    assert said("--bias", ",=-99", "--ban", " there").stdout not in (",\n", " there\n")
+    for args, message in (
+        (["--ban", "a dog"], "'a dog' is 2 tokens [65, 1097], and not one: give ids"),
+        (["--ban", "1.5"], "1.5 is no token: expected an id, or a text that is one token"),
+        (["--ban", "9999"], "token 9999 is outside the vocabulary of 0 to 4095"),
+        (["--bias", "3"], "a bias is TOKEN=N, such as 11=-2: could not convert string to float: '3'"),
+        (["--bias", "3=x"], "a bias is TOKEN=N, such as 11=-2: could not convert string to float: 'x'"),
+        (["--bias", "3=1e9"], "bias of token 3 1000000000.0 is not possible: expected -10000 to 10000"),
+    ):
+        found = said(*args)
+        assert (found.exit_code, found.stdout, found.stderr) == (1, "", f"Error: {message}\n")
+
+
+def test_every_setting_reaches_the_sampling(bundle, model):
+    """Each option on its own gives what the library gives with the setting of its name."""
+    path, m = bundle("demo", quant="int4"), model("demo", quant="int4")
+    for option, value in (
+        *(("temperature", 1.7), ("top_k", 2), ("top_p", 0.99), ("min_p", 0.2), ("typical_p", 0.2)),
+        *(("presence_penalty", 3.0), ("frequency_penalty", 5.0), ("penalty_decay", 0.1)),
+    ):
+        settings = {"temperature": 1.2, "top_p": 1.0, "seed": 5, option: value}
+        if option == "penalty_decay":
+            settings["frequency_penalty"] = 5.0
+        given = [x for name, v in settings.items() for x in ("--" + name.replace("_", "-"), v)]
+        said = run("run", path, "Once upon a time", "-n", 30, "-q", *given).stdout
+        expected = "".join(t.text for t in m.generate("Once upon a time", max_tokens=30, **settings))
+        assert said == expected + "\n", option
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(["-t", "-1"], ["--top-p", "0"], ["--top-p", "1.1"], ["--top-k", "-1"], ["--min-p", "2"], ["--typical-p", "0"]),
+        *(["--penalty-decay", "1.5"], ["--presence-penalty", "1e9"], ["--seed", "-1"], ["--logprobs", "-1"]),
+    ],
+)
+def test_settings_out_of_range_are_usage_errors(args):
+    found = run("run", "x", "y", *args)
+    assert found.exit_code == 2
+    assert "is not in the range" in found.stderr
 
 
 @pytest.mark.parametrize(

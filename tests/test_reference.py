@@ -69,3 +69,61 @@ def test_torch_reads_and_writes_the_same_file(dtype, tmp_path):
         np.testing.assert_array_equal(t.read(), b.tensors[name].read(), err_msg=name)
     for name, x in torch.load(ours, weights_only=True).items():
         assert torch.equal(x, tensors[name].detach()), name
+
+
+@pytest.mark.parametrize("settings", [(0.4, 0.4, 0.996), (2.0, 0.0, 0.5), (0.0, 3.0, 0.9)])
+def test_penalties_and_bans_are_the_rwkv_package_s(settings, model):
+    """Its own loop, on our logits: the same tokens, digits among them."""
+    import torch
+    from rwkv.utils import PIPELINE, PIPELINE_ARGS
+
+    ours, (presence, frequency, decay) = model("demo", quant="none"), settings
+
+    class Stub:
+        def forward(self, tokens, state):
+            logits, state = ours.feed(tokens, state)
+            return torch.from_numpy(logits), state
+
+    prompt, ban = "Count: 1 2 3 1 2 3 1 2 3 1 2 3", [0, ours.token("\n")]
+    args = PIPELINE_ARGS(temperature=0, alpha_presence=presence, alpha_frequency=frequency, alpha_decay=decay, token_ban=ban)
+    theirs = []
+    pipeline = PIPELINE(Stub(), str(DEMO.with_name("tokenizer.json")))
+    sample_logits = pipeline.sample_logits
+    pipeline.sample_logits = lambda *a, **k: theirs.append(sample_logits(*a, **k)) or theirs[-1]
+    pipeline.generate(prompt, token_count=150, args=args)
+    found = ours.generate(
+        prompt,
+        max_tokens=150,
+        temperature=0,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        penalty_decay=decay,
+        ban=ban,
+    )
+    ids = [t.id for t in found]
+    assert ids == theirs
+    assert any(ours.tokenizer.decode([i]).isdigit() for i in ids)
+
+
+@pytest.mark.parametrize("settings", [(1.0, 0.5, 0), (0.7, 0.85, 0), (1.3, 0.9, 3), (2.0, 1.0, 5)])
+def test_top_p_top_k_and_temperature_are_the_rwkv_package_s(settings):
+    """Its probabilities, taken where it draws."""
+    import torch
+    from rwkv.utils import PIPELINE
+
+    from rwkv_edge.runtime.sampling import Sampling, candidates, log_softmax
+
+    temperature, top_p, top_k = settings
+    logits = (3 * np.random.default_rng(0).standard_normal(1000)).astype(np.float32)
+    drawn = []
+    choice = np.random.choice
+    try:
+        np.random.choice = lambda a, p: drawn.append(p) or 0
+        PIPELINE.sample_logits(None, torch.from_numpy(logits), temperature, top_p, top_k)
+    finally:
+        np.random.choice = choice
+    log_p = log_softmax(logits)
+    kept = candidates(log_p, Sampling(temperature, top_p=top_p, top_k=top_k))
+    p = np.zeros(1000)
+    p[kept] = np.exp(log_p[kept] / temperature)
+    np.testing.assert_allclose(p / p.sum(), drawn[0], rtol=1e-4, atol=1e-9)

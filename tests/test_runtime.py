@@ -183,8 +183,8 @@ def test_tokens_that_are_none(tokens, message, demo):
         ("a", {"stop": [3]}, "stop is a list of texts, none of them empty"),
         ("a", {"stop": None}, "stop is a list of texts, none of them empty"),
         ("a", {"max_tokens": 2.5}, "max_tokens 2.5 is not possible"),
-        ("a", {"seed": 1.5}, "seed 1.5 is not a number of the kind expected"),
-        ("a", {"temperature": "1"}, "temperature '1' is not a number"),
+        ("a", {"seed": 1.5}, "seed 1.5 is not possible"),
+        ("a", {"temperature": "1"}, "temperature '1' is not possible"),
         ("\ud800", {}, "the tokenizer cannot encode this text"),
     ],
 )
@@ -264,15 +264,141 @@ def test_a_state_is_saved_over_states_only(exact, tmp_path):
 
 def test_end_of_text_ends_the_generation(exact, monkeypatch):
     ids = [t.id for t in exact.generate(STORY, max_tokens=20, temperature=0)]
-    monkeypatch.setattr(exact, "_end_of_text", ids[7])
+    monkeypatch.setattr(exact, "end_of_text", ids[7])
     first = ids.index(ids[7])
     g = exact.generate(STORY, max_tokens=20, temperature=0)
     assert [t.id for t in g] == ids[: first + 1]
     assert g.state.n_tokens == len(exact.encode(STORY)) + first
 
 
+@pytest.mark.parametrize("stop", ["Lily", "named Lily", " little", "e was a", "girl named Lily. She"])
+def test_a_stop_text_is_not_in_the_state(exact, stop):
+    """However tokens cut it: going on is as if its beginning had not been said."""
+    prompt = "Once upon a time"
+    g = exact.generate(prompt, max_tokens=60, temperature=0, stop=[stop])
+    said = "".join(t.text for t in g)
+    assert g.finish == "stop"
+    assert not said.endswith(stop)
+    assert stop in ", there was a little girl named Lily. She loved to"
+    clean, _ = exact.feed([1], exact.feed(exact.encode(prompt + said))[1])
+    again, _ = exact.feed([1], g.state)
+    assert g.state is g.state or g.state.n_tokens == len(exact.encode(prompt + said))
+    assert apart(again, clean) <= 5e-5
+
+
+def test_a_false_alarm_of_a_stop_changes_nothing(exact):
+    plain = exact.generate("Once upon a time", max_tokens=12, temperature=0)
+    watched = exact.generate("Once upon a time", max_tokens=12, temperature=0, stop=["little girl called", "was a big"])
+    text = "".join(t.text for t in plain)
+    assert "".join(t.text for t in watched) == text
+    assert watched.finish == plain.finish == "length"
+    np.testing.assert_array_equal(watched.state.tensors["0.wkv"], plain.state.tensors["0.wkv"])
+
+
+def test_why_a_generation_ended(exact, monkeypatch):
+    ids = [t.id for t in exact.generate(STORY, max_tokens=5, temperature=0)]
+    for options, finish in (({"max_tokens": 3}, "length"), ({"max_tokens": 0}, "length")):
+        g = exact.generate(STORY, temperature=0, **options)
+        assert g.finish == (None if options["max_tokens"] else "length")
+        list(g)
+        assert g.finish == finish
+    monkeypatch.setattr(exact, "end_of_text", ids[2])
+    g = exact.generate(STORY, temperature=0)
+    assert len(list(g)) == 3
+    assert g.finish == "end"
+
+
+def test_the_logits_callback_decides(demo):
+    """A grammar of two words: what it forbids is never said, and it sees what was."""
+    allowed = [demo.token(" dog"), demo.token(" cat")]
+    seen = []
+
+    def grammar(logits, ids):
+        assert logits.shape == (4096,)
+        seen.append(ids)
+        masked = np.full_like(logits, -np.inf)
+        masked[allowed[len(ids) % 2]] = 0
+        logits[:] = 0  # its own copy
+        return masked
+
+    tokens = list(demo.generate(STORY, max_tokens=4, logits=grammar))
+    assert [t.id for t in tokens] == [*allowed, *allowed]
+    assert seen == [(), (allowed[0],), (*allowed,), (*allowed, allowed[0])]
+    assert tokens[0].logprob == next(demo.generate(STORY, top_logprobs=4096)).top[0][1] or tokens[0].logprob < -1
+    with pytest.raises(InputError, match=r"the logits callback gave shape \(3,\), expected \(4096,\)"):
+        next(demo.generate(STORY, logits=lambda logits, ids: logits[:3]))
+    with pytest.raises(InputError, match="leave no token to choose from"):
+        next(demo.generate(STORY, logits=lambda logits, ids: logits - np.inf))
+
+
+def test_bans_and_biases(demo):
+    best = [i for i, _ in next(demo.generate(STORY, temperature=0, top_logprobs=3)).top]
+    assert next(demo.generate(STORY, temperature=0, ban=best[:2])).id == best[2]
+    assert next(demo.generate(STORY, temperature=0, bias={best[2]: 100.0})).id == best[2]
+    assert next(demo.generate(STORY, temperature=0, bias={best[0]: -100.0})).id == best[1]
+    with pytest.raises(InputError, match="leave no token to choose from"):
+        next(demo.generate(STORY, ban=range(4096)))
+    with pytest.raises(InputError, match="token 4096 is outside the vocabulary"):
+        demo.generate(STORY, ban=[4096])
+
+
+def test_top_logprobs(demo):
+    logits, _ = demo.feed(demo.encode(STORY))
+    p = np.exp(logits.astype(np.float64) - logits.max())
+    p /= p.sum()
+    token = next(demo.generate(STORY, top_logprobs=5))
+    assert [i for i, _ in token.top] == np.argsort(-p)[:5].tolist()
+    np.testing.assert_allclose([x for _, x in token.top], np.log(np.sort(p)[::-1][:5]), atol=1e-6)
+    assert next(demo.generate(STORY)).top == ()
+
+
+def test_penalties_end_a_repetition(exact):
+    """What is taken from the logits is what the penalties say, token by token."""
+    settings = {"temperature": 0, "presence_penalty": 2, "frequency_penalty": 3, "penalty_decay": 0.9}
+    ids = exact.encode(STORY)
+    counts, seen = np.zeros(4096), np.zeros(4096, bool)
+    logits, state = exact.feed(ids)
+    for token in exact.generate(STORY, max_tokens=40, **settings):
+        assert token.id == (logits - 2 * seen - 3 * counts).argmax()
+        counts *= 0.9
+        seen[token.id] = True
+        counts[token.id] += exact.tokenizer.decode([token.id]) not in " \t0123456789"
+        logits, state = exact.feed([token.id], state)
+    plain = [t.id for t in exact.generate(STORY, max_tokens=40, temperature=0)]
+    assert plain != [t.id for t in exact.generate(STORY, max_tokens=40, **settings)]
+
+
+def test_an_interrupt_anywhere_leaves_a_state_to_go_on_from(exact, monkeypatch):
+    """Ctrl-C may come before or after onnxruntime's work: the state has read what was given, once."""
+    expected = {}
+    g = exact.generate(STORY, temperature=0, max_tokens=6)
+    for n, _ in enumerate(g, 1):
+        expected[n] = g.state
+    from rwkv_edge.runtime.session import Loop
+
+    go = Loop._go
+    for after in (False, True):
+        g = exact.generate(STORY, temperature=0, max_tokens=6)
+        tokens = [next(g), next(g)]
+
+        def interrupted(self, *args, after=after):
+            if after:
+                go(self, *args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as m:
+            m.setattr(Loop, "_go", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(g)
+        assert g.state.n_tokens == expected[2].n_tokens
+        np.testing.assert_array_equal(g.state.tensors["5.wkv"], expected[2].tensors["5.wkv"])
+        tokens.append(next(g))
+        assert g.state.n_tokens == expected[3].n_tokens
+        np.testing.assert_array_equal(g.state.tensors["5.wkv"], expected[3].tensors["5.wkv"])
+
+
 def test_generations_do_not_disturb_each_other(demo, monkeypatch):
-    monkeypatch.setattr(demo, "_end_of_text", None)
+    monkeypatch.setattr(demo, "end_of_text", None)
     alone = [[t.id for t in demo.generate(STORY, max_tokens=25, seed=s)] for s in range(3)]
     together = [demo.generate(STORY, max_tokens=25, seed=s) for s in range(3)]
     rows = list(zip(*together, strict=True))
@@ -300,7 +426,7 @@ def test_threads_share_a_model_and_a_state(demo):
 
 
 def test_memory_is_flat_however_long_the_text(demo, monkeypatch):
-    monkeypatch.setattr(demo, "_end_of_text", None)
+    monkeypatch.setattr(demo, "end_of_text", None)
     g = demo.generate(STORY, max_tokens=700, seed=1)
     for _ in range(100):
         next(g)

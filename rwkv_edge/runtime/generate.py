@@ -1,6 +1,7 @@
 """Text as it comes: a prompt read in chunks, then one token at a time."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -79,7 +80,8 @@ class Generation:
         self._sampling, self._callback, self._n_top = sampling, logits, n_top
         self._rng = np.random.default_rng(sampling.seed)
         self._said = Occurrences(model.spec.n_vocab)
-        self._ids: list[int] = []  # given, but for the end of text; the state has the last one once it is asked for
+        self._given: deque[int] = deque(maxlen=None if logits else 1)  # tokens, but for the end of text
+        self._n_given = 0  # the state has the last of them once it is asked for
         self._loop = Loop(model)
         self._loop.load(state)
         self._first, self._n_first = state, self._loop.n_tokens + len(prompt)
@@ -122,7 +124,7 @@ class Generation:
         """Log-probabilities after bans, penalties, biases, and the callback."""
         changed = adjust(logits, self._sampling, self._said)
         if self._callback:
-            changed = np.asarray(self._callback(changed.copy(), tuple(self._ids)), np.float32)
+            changed = np.asarray(self._callback(changed.copy(), tuple(self._given)), np.float32)
             if changed.shape != logits.shape:
                 raise InputError(f"the logits callback gave shape {changed.shape}, expected {logits.shape}")
         if changed is logits:
@@ -137,7 +139,8 @@ class Generation:
         if token == self._model.end_of_text:
             self.finish = "end"
             return self._text.finish()
-        self._ids.append(token)
+        self._given.append(token)
+        self._n_given += 1
         before = self._text.held
         text, new, stopped = self._text.push(token)
         # What is, or may be, a stop begins so many characters from the end of `before + new`.
@@ -168,9 +171,9 @@ class Generation:
             self._first = None
             self.stats.n_prompt = len(self._prompt)
             self.stats.prefill_s += time.perf_counter() - start
-        elif loop.n_tokens < self._n_first + len(self._ids):
+        elif loop.n_tokens < self._n_first + self._n_given:
             with self._model._lock:
-                loop.step(self._ids[-1])
+                loop.step(self._given[-1])
             self.stats.decode_s += time.perf_counter() - start
         return loop.logits
 

@@ -169,7 +169,7 @@ def top_p(p: Probabilities, threshold: float) -> int:
 
 def min_p(p: Probabilities, share: float) -> int:
     """Give how many tokens are at least so likely, as a share of the most likely one."""
-    return int((p >= share * p[0]).sum())
+    return int((p >= share * (1 - 1e-12) * p[0]).sum())
 
 
 def typical(p: Probabilities, threshold: float) -> Ids:
