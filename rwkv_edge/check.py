@@ -202,7 +202,7 @@ def _sample(model: Model, n_tokens: int) -> list[int]:
     try:
         while len(ids) < n_tokens:
             logits, state = model.feed(ids[-1:], state)
-            ids.append(sample(log_softmax(logits), sampling, rng))
+            ids.append(sample(logits, sampling, rng))
     except BackendError as e:
         raise CheckFailed(f"{model.bundle.path}: {e}", None) from e
     return ids

@@ -227,6 +227,7 @@ def test_a_conversation_on_a_terminal(bundle, tmp_path):
     os.write(fd, b"\x03")
     until("(interrupted")
     until("> ")
+    time.sleep(0.5)  # for readline to wait
     os.write(fd, b"\x03")
     until("/quit or Ctrl-D ends.")
     until("> ")

@@ -12,8 +12,10 @@ from rwkv_edge.runtime.sampling import (
     Settings,
     adjust,
     candidates,
+    log_normalizer,
     log_softmax,
     min_p,
+    most_likely,
     penalize,
     sample,
     top_p,
@@ -22,10 +24,6 @@ from rwkv_edge.runtime.sampling import (
 
 P = np.array([0.1, 0.4, 0.2, 0.3])
 SORTED = np.array([0.4, 0.3, 0.2, 0.1])
-
-
-def choose(logits, sampling, rng):
-    return sample(log_softmax(logits), sampling, rng)
 
 
 @pytest.mark.parametrize(("threshold", "n"), [(0.01, 1), (0.4, 1), (0.41, 2), (0.7, 2), (0.9, 3), (0.95, 4), (1.0, 4)])
@@ -56,7 +54,7 @@ def test_typical_keeps_the_least_surprising_surprises():
         ({"top_k": 3}, [1, 3, 2]),
         ({"top_k": 99}, [1, 3, 2, 0]),
         ({"top_p": 0.7}, [1, 3]),
-        ({"min_p": 0.5}, [1, 3, 2]),
+        ({"min_p": 0.49}, [1, 3, 2]),
         ({"top_k": 3, "top_p": 0.7, "min_p": 0.3}, [1, 3]),
         ({"top_k": 1, "top_p": 0.9, "min_p": 0.3}, [1]),
         ({"typical_p": 0.3}, [3]),
@@ -64,15 +62,17 @@ def test_typical_keeps_the_least_surprising_surprises():
     ],
 )
 def test_what_filters_leave(settings, kept):
-    assert candidates(np.log(P), Sampling(**settings)).tolist() == kept
+    ids, log_p = candidates(np.log(P).astype(np.float32), Sampling(**settings))
+    assert ids.tolist() == kept
+    np.testing.assert_allclose(log_p, np.log(P)[kept], atol=1e-6)
 
 
 def test_tokens_of_no_probability_are_never_left():
     p = np.array([0.5, 0.0, 0.5])
     with np.errstate(divide="ignore"):
-        log_p = np.log(p)
+        logits = np.log(p).astype(np.float32)
     for settings in ({}, {"top_k": 3}, {"top_p": 0.9999}, {"min_p": 0.01}, {"typical_p": 0.99}):
-        assert 1 not in candidates(log_p, Sampling(**settings))
+        assert 1 not in candidates(logits, Sampling(**settings))[0]
 
 
 @given(
@@ -85,20 +85,32 @@ def test_tokens_of_no_probability_are_never_left():
             "min_p": st.floats(0, 1),
         },
     ),
-    st.sampled_from([3, 511, 513, 3000]),
+    st.sampled_from([3, 1023, 1024, 3000]),
 )
 def test_filters_are_the_same_by_sorting_everything(seed, settings, n):
     s = Sampling(**settings)
-    p = np.random.default_rng(seed).dirichlet(np.full(n, 0.1))
-    p = np.round(p, 4) / np.round(p, 4).sum()  # many are equal
-    with np.errstate(divide="ignore"):
-        kept = candidates(np.log(p), s)
-    order = np.argsort(-p, kind="stable")
-    sums = p[order].cumsum()
-    n_top_p = min(int((sums < s.top_p * (1 - 1e-12)).sum()) + 1, n) if s.top_p < 1 else n
-    n_kept = min(n_top_p, s.top_k or n, int((p > 0).sum()), int((p[order] >= s.min_p * p.max() * (1 - 1e-12)).sum()))
-    assert len(kept) == pytest.approx(n_kept, abs=0 if s.min_p == 0 else 1)
-    assert set(kept.tolist()) == set(order[: len(kept)].tolist())
+    logits = np.round(4 * np.random.default_rng(seed).standard_normal(n), 1).astype(np.float32)  # many are equal
+    kept, _ = candidates(logits, s)
+    order = np.argsort(-logits, kind="stable")
+    p = np.exp(log_softmax(logits))[order]
+    counts = [n, s.top_k or n, int((p >= s.min_p * p[0] * (1 - 1e-9)).sum())]
+    if s.top_p < 1:
+        counts.append(int((p.cumsum() < s.top_p * (1 - 1e-9)).sum()) + 1)
+    np.testing.assert_array_equal(kept if len(kept) < n else np.sort(kept), order[: min(counts)] if len(kept) < n else range(n))
+    assert len(kept) == min(counts)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1, 5, 60, 5000]), st.sampled_from([5, 1023, 1024, 3000, 65536]))
+def test_most_likely_are_the_first_of_all_sorted(seed, n, n_vocab):
+    logits = np.round(np.random.default_rng(seed).standard_normal(n_vocab), 2).astype(np.float32)
+    likely = most_likely(logits, n)
+    assert len(likely) >= min(n, n_vocab)
+    np.testing.assert_array_equal(likely, np.argsort(-logits, kind="stable")[: len(likely)])
+
+
+def test_log_normalizer():
+    logits = (3 * np.random.default_rng(0).standard_normal(65536)).astype(np.float32)
+    np.testing.assert_allclose(logits - log_normalizer(logits), log_softmax(logits), atol=3e-6)
 
 
 def test_sampling_follows_the_distribution():
@@ -111,7 +123,7 @@ def test_sampling_follows_the_distribution():
         ({"temperature": 0.5, "top_p": 0.69}, [0, 16 / 25, 0, 9 / 25]),  # the temperature comes last
         ({"temperature": 2, "top_p": 0.39}, [0, 1, 0, 0]),
     ):
-        counts = np.bincount([choose(logits, Sampling(**settings), rng) for _ in range(n)], minlength=4) / n
+        counts = np.bincount([sample(logits, Sampling(**settings), rng) for _ in range(n)], minlength=4) / n
         np.testing.assert_allclose(counts, expected, atol=0.015)
 
 
@@ -151,24 +163,24 @@ def test_settings_are_sampling_s_fields():
 
 
 def test_temperature_zero_takes_the_first_of_the_most_likely():
-    assert choose(np.array([1, 3, 3], np.float32), Sampling(temperature=0), np.random.default_rng(0)) == 1
+    assert sample(np.array([1, 3, 3], np.float32), Sampling(temperature=0), np.random.default_rng(0)) == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-6])
 def test_a_tiny_temperature_takes_the_most_likely(temperature):
     logits = np.random.default_rng(5).standard_normal(3000).astype(np.float32)
     for top in (1.0, 0.5):
-        assert choose(logits, Sampling(temperature, top_p=top), np.random.default_rng(0)) == logits.argmax()
+        assert sample(logits, Sampling(temperature, top_p=top), np.random.default_rng(0)) == logits.argmax()
 
 
 def test_a_huge_temperature_takes_any():
     logits, rng = np.array([0, -np.inf, 1e30], np.float32), np.random.default_rng(0)
-    assert {choose(logits, Sampling(1e300), rng) for _ in range(50)} == {0, 2}
+    assert {sample(logits, Sampling(1e300), rng) for _ in range(50)} == {0, 2}
 
 
 def test_a_seed_gives_the_same_tokens():
     logits = np.random.default_rng(5).standard_normal(1000).astype(np.float32)
-    one, two, other = ([choose(logits, Sampling(), np.random.default_rng(s)) for _ in range(5)] for s in (1, 1, 2))
+    one, two, other = ([sample(logits, Sampling(), np.random.default_rng(s)) for _ in range(5)] for s in (1, 1, 2))
     assert one == two != other
 
 
@@ -179,7 +191,7 @@ def test_log_softmax_does_not_overflow():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_model_that_diverged_is_said_to(bad):
     with pytest.raises(BackendError, match="logits that are not finite"):
-        choose(np.array([0, bad], np.float32), Sampling(), np.random.default_rng(0))
+        sample(np.array([0, bad], np.float32), Sampling(), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError
-from .sampling import Array, Occurrences, Probabilities, Sampling, adjust, log_softmax, sample
+from .sampling import Array, Occurrences, Sampling, adjust, log_normalizer, most_likely, sample
 from .session import Loop, Tokens
 from .state import State
 
@@ -96,16 +96,16 @@ class Generation:
             raise StopIteration
         logits = self._read()
         start = time.perf_counter()
-        log_p = log_softmax(logits)
-        token = sample(self._changed(logits, log_p), self._sampling, self._rng)
+        z = log_normalizer(logits)
+        token = sample(self._changed(logits), self._sampling, self._rng)
         if self._sampling.penalizes:
             tokenizer = self._model.tokenizer
             text = tokenizer.decode([token]) if tokenizer else None
             self._said.add(token, text, self._sampling.penalty_decay)
-        likely = np.argsort(-log_p, kind="stable")[: self._n_top] if self._n_top else ()
-        top = tuple((int(i), float(log_p[i])) for i in likely)
+        likely = most_likely(logits, self._n_top)[: self._n_top] if self._n_top else ()
+        top = tuple((int(i), float(logits[i]) - z) for i in likely)
         self.stats.decode_s += time.perf_counter() - start
-        return Token(token, self._say(token), float(log_p[token]), top)
+        return Token(token, self._say(token), float(logits[token]) - z, top)
 
     @property
     def state(self) -> State:
@@ -120,18 +120,16 @@ class Generation:
             self._mark = state, ""
         return state
 
-    def _changed(self, logits: Array, log_p: Probabilities) -> Probabilities:
-        """Log-probabilities after bans, penalties, biases, and the callback."""
+    def _changed(self, logits: Array) -> Array:
+        """Logits after bans, penalties, biases, and the callback."""
         changed = adjust(logits, self._sampling, self._said)
         if self._callback:
             changed = np.asarray(self._callback(changed.copy(), tuple(self._given)), np.float32)
             if changed.shape != logits.shape:
                 raise InputError(f"the logits callback gave shape {changed.shape}, expected {logits.shape}")
-        if changed is logits:
-            return log_p
-        if not np.isfinite(changed.max()):
+        if changed is not logits and not np.isfinite(changed.max()):
             raise InputError("bans, biases and the logits callback leave no token to choose from")
-        return log_softmax(changed)
+        return changed
 
     def _say(self, token: int) -> str:
         """Take the token that was chosen: the text that is certain now."""
