@@ -610,9 +610,9 @@ def _print_report(report: Any) -> None:
     _table(head, rows, words=3)
     allowed = report.limits
     click.echo(
-        "max, rms: of the logits, in their standard deviations; KL: nats a token; state: at most, in its own deviations.\n"
+        "max, rms: of the logits, in their deviations; KL: nats a token; state: at most, in its own deviations.\n"
         f"Allowed: exact graphs {allowed['exact_max']:.1e} max, {allowed['exact_state']:.1e} state; with int8 activations "
-        f"{allowed['int8_rms']} rms, and the graph must\nbe the exact one but for the rounding of activations."
+        f"{allowed['int8_rms']} rms,\nand the graph must be the exact one but for the rounding of activations."
     )
     verdict = "computes its own weights" if report.ok else "does NOT compute its own weights"
     click.echo(f"The bundle {verdict}.")
@@ -679,34 +679,43 @@ def _print_scores(found: Any) -> None:
 
 def _print_bench(found: Sequence[Any]) -> None:
     f = found[0]
-    head: tuple[str, ...] = ("", "threads", "size", "bits", f"prefill {f.n_prefill}", "", f"decode {f.n_decode}", "", "GB/s")
-    head += ("load", "first", "peak", "anon", "disturbed")
+    head: tuple[str, ...] = ("", "MB", "bits", "threads", f"prefill {f.n_prefill}", "", f"decode {f.n_decode}", "", "GB/s")
+    head += ("load", "first", "peak", "anon", "redone")
     rows = []
     for b in found:
-        speeds = ((f"{s.median:.1f}", f"{min(s.tok_s):.0f}-{max(s.tok_s):.0f}") for s in (b.prefill, b.decode))
-        disturbed = f"{b.prefill.disturbed}+{b.decode.disturbed}" + "!" * (min(b.prefill.share, b.decode.share) < 0.9)
+        speeds = ((_tok_s(s.median), f"{_tok_s(min(s.tok_s))}-{_tok_s(max(s.tok_s))}") for s in (b.prefill, b.decode))
+        redone = f"{b.prefill.disturbed}+{b.decode.disturbed}" + "!" * (min(b.prefill.share, b.decode.share) < 0.9)
         rows.append(
             (
                 b.name,
-                str(b.n_threads),
-                _bytes(b.nbytes),
+                _mb(b.nbytes),
                 f"{b.bits_per_weight:.2f}",
+                str(b.n_threads),
                 *(cell for speed in speeds for cell in speed),
                 f"{b.gb_s:.1f}",
-                f"{b.load_s:.2f} s",
-                f"{b.first_token_s:.2f} s",
-                _bytes(b.peak_bytes) if b.peak_bytes else "?",
-                _bytes(b.anonymous_bytes) if b.anonymous_bytes else "?",
-                disturbed,
+                f"{b.load_s:.2f}",
+                f"{b.first_token_s:.2f}",
+                _mb(b.peak_bytes),
+                _mb(b.anonymous_bytes),
+                redone,
             )
         )
     _table(head, rows)
     click.echo(
-        "\ntok/s: median and range. GB/s: weights that decode reads. first: from nothing to the first token after the prompt.\n"
-        "peak, anon: memory of the process, and what of it no file backs. disturbed: repetitions made again, prefill + decode."
+        "\nprefill, decode: tok/s, median and range. GB/s: weights that decode reads. load, first: seconds to open\n"
+        "it, and from nothing to the first token after the prompt. peak, anon: MB of memory, and what of it no file\n"
+        "backs. redone: repetitions that other programs disturbed, of prefill and of decode."
     )
     if any("!" in row[-1] for row in rows):
-        click.echo("! Other programs took more than a tenth of the processors' time even so: do not trust this row.")
+        click.echo("! Disturbed even so, by more than a tenth of the processors' time: do not trust this row.")
+
+
+def _tok_s(x: float) -> str:
+    return f"{x:.1f}" if x < 100 else f"{x:.0f}"
+
+
+def _mb(n: int | None) -> str:
+    return "?" if n is None else f"{n / 1e6:.1f}" if n < 10_000_000 else f"{n / 1e6:.0f}"
 
 
 @contextmanager
@@ -829,6 +838,8 @@ def _converse(model: Any, talk: Any, load_s: float, quiet: bool) -> None:
         try:
             text = _turn()
         except EOFError:
+            if sys.stdin.isatty():
+                click.echo(err=True)
             return
         except KeyboardInterrupt:
             _say("\n/quit or Ctrl-D ends.", quiet)

@@ -74,8 +74,8 @@ def test_the_table(bundle):
     found = CliRunner().invoke(cli, args)
     assert (found.exit_code, found.stderr) == (0, "")
     lines = found.stdout.splitlines()
-    assert lines[0].split()[:6] == ["threads", "size", "bits", "prefill", "16", "decode"]
-    assert [line.split()[:2] for line in lines[1:3]] == [[path.name, "1"], [path.name, "2"]]
+    assert lines[0].split()[:6] == ["MB", "bits", "threads", "prefill", "16", "decode"]
+    assert [line.split()[:4:3] for line in lines[1:3]] == [[path.name, "1"], [path.name, "2"]]
     assert lines[1].split()[-1].count("+") == 1
     rows = json.loads(CliRunner().invoke(cli, [*args, "--json"]).stdout)
     assert [row["n_threads"] for row in rows] == [1, 2]
