@@ -1,9 +1,10 @@
-"""Export, load, prefill and decode: one table, measured in one run, in turns.
+"""Export, first token, prefill and decode, recipe by recipe: one table, measured in one run, in turns.
 
     python benchmarks/speed.py [CHECKPOINT] [--threads 1] [--rounds 5] [--recipes int4:32,int4:128,int8:32,none]
 
 Without a checkpoint, a random one of RWKV-7 0.1B's shape (12 layers of 768, vocabulary 65,536). Recipes take turns, so that
-a neighbour disturbs all alike: trust the ratios, which are of medians to the first recipe. Memory is of a process of its own.
+a neighbour disturbs all alike: trust the ratios, which are of medians to the first recipe. Every measurement has a process of
+its own. For bundles that you have, see `rwkv-edge bench`.
 """
 
 import argparse
@@ -12,19 +13,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
-
-from rwkv_edge import open_bundle
-from rwkv_edge.runtime.session import Loop
+from rwkv_edge.bench import bench
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import factory
 
 SHAPE = dict(n_layer=12, n_head=12, head_size=64, n_ffn=3072, n_vocab=65536, ranks=(64, 64, 32, 128), layer0_v=False)
-PREFILL, DECODE = 512, 64
 
 EXPORT = """
 import json, sys, threading, time
@@ -42,31 +38,12 @@ ended.set(); thread.join()
 print(json.dumps({"s": time.perf_counter() - start, "mb": w.nbytes / 1e6, "bits": w.bits_per_weight, **peak}))
 """
 
-RUN = """
-import json, sys, time
-start = time.perf_counter()
-from rwkv_edge import open_bundle
-model = open_bundle(sys.argv[1], threads=int(sys.argv[2]), verify=False)
-logits, state = model.feed([1])
-load = time.perf_counter() - start
-for i in range(20): logits, state = model.feed([i], state)
-fields = {line.split(":")[0]: int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if "kB" in line}
-print(json.dumps({"first_s": load, "resident": fields["VmHWM"], "anonymous": fields["RssAnon"]}))
-"""
 
-
-def child(code: str, *args: object) -> dict[str, float]:
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=True)
-    result: dict[str, float] = json.loads(done.stdout)
+def exported(checkpoint: Path, path: Path, quant: str, block: str) -> dict[str, float]:
+    """Export in a process of its own: seconds, and peaks of memory in MB."""
+    args = [sys.executable, "-c", EXPORT, *map(str, (checkpoint, path, quant, block))]
+    result: dict[str, float] = json.loads(subprocess.run(args, capture_output=True, text=True, check=True).stdout)
     return result
-
-
-def timed(work) -> tuple[float, float]:
-    """Seconds, and the share of one processor that the process had."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return wall, cpu / wall
 
 
 def main() -> None:
@@ -78,44 +55,26 @@ def main() -> None:
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = a.checkpoint or factory.write_pth(Path(folder, "random-0.1b.pth"), factory.weights(**SHAPE))
-        rows = []
-        for recipe in a.recipes.split(","):
-            quant, _, block = recipe.partition(":")
-            path = Path(folder, recipe.replace(":", "-"))
-            made = child(EXPORT, checkpoint, path, quant, block)
-            ran = child(RUN, path, a.threads)
-            rows.append((recipe, path, made, ran))
-        prefill: dict[str, list[float]] = {r[0]: [] for r in rows}
-        decode: dict[str, list[float]] = {r[0]: [] for r in rows}
-        dropped = 0
-        loops = {}
-        for recipe, path, *_ in rows:
-            loops[recipe] = Loop(open_bundle(path, threads=a.threads, verify=False))
-        ids = np.arange(1, PREFILL + 1) % 1000
-        for i in range(a.rounds + 1):
-            for recipe, loop in loops.items():
-                for times, n, work in (
-                    (prefill[recipe], PREFILL, lambda loop=loop: loop.read(ids)),
-                    (decode[recipe], DECODE, lambda loop=loop: [loop.step(int(t)) for t in ids[:DECODE]]),
-                ):
-                    seconds, share = timed(work)
-                    while share < 0.9 * a.threads and dropped < 20 * a.rounds:
-                        dropped += 1
-                        seconds, share = timed(work)
-                    if i:  # the first round warms up
-                        times.append(n / seconds)
-        print(f"{checkpoint.name}, {a.threads} thread(s), {a.rounds} rounds, {dropped} disturbed repetitions made again\n")
-        print("| weights | bits | MB | export s | export MB anon. / resident | first logits s | running MB anon. / resident "
-              f"| prefill {PREFILL}, tok/s | ratio | decode, tok/s | ratio |\n|" + "---|" * 11)  # fmt: skip
-        first = rows[0][0]
-        for recipe, _, made, ran in rows:
-            p, d = statistics.median(prefill[recipe]), statistics.median(decode[recipe])
+        recipes = a.recipes.split(",")
+        paths = {recipe: Path(folder, recipe.replace(":", "-")) for recipe in recipes}
+        made = {recipe: exported(checkpoint, paths[recipe], *(recipe + ":").split(":")[:2]) for recipe in recipes}
+        runs = [{r: bench(paths[r], threads=a.threads, repetitions=1) for r in recipes} for _ in range(a.rounds)]
+        redone = sum(b.prefill.disturbed + b.decode.disturbed for run in runs for b in run.values())
+        print(f"{checkpoint.name}, {a.threads} thread(s), {a.rounds} rounds, {redone} disturbed repetitions made again\n")
+        print("| weights | bits | MB | export s | export MB anon. / resident | first token s | running MB anon. / resident "
+              "| prefill 512, tok/s | ratio | decode, tok/s | ratio |\n|" + "---|" * 11)  # fmt: skip
+        speeds = {r: [[run[r].prefill.median for run in runs], [run[r].decode.median for run in runs]] for r in recipes}
+        for r in recipes:
+            b, m = runs[0][r], made[r]
+            median = statistics.median
+            cells = (
+                f"{median(x):.1f} [{min(x):.0f}-{max(x):.0f}] | {median(x) / median(first):.2f}"
+                for x, first in zip(speeds[r], speeds[recipes[0]], strict=True)
+            )
             print(
-                f"| {recipe} | {made['bits']:.2f} | {made['mb']:.0f} | {made['s']:.1f} | {made['anonymous']:.0f} / "
-                f"{made['resident']:.0f} | {ran['first_s']:.2f} | {ran['anonymous']:.0f} / {ran['resident']:.0f} | "
-                f"{p:.0f} [{min(prefill[recipe]):.0f}-{max(prefill[recipe]):.0f}] | "
-                f"{p / statistics.median(prefill[first]):.2f} | "
-                f"{d:.1f} [{min(decode[recipe]):.1f}-{max(decode[recipe]):.1f}] | {d / statistics.median(decode[first]):.2f} |"
+                f"| {r} | {m['bits']:.2f} | {m['mb']:.0f} | {m['s']:.1f} | {m['anonymous']:.0f} / {m['resident']:.0f} "
+                f"| {b.first_token_s:.2f} | {(b.anonymous_bytes or 0) / 1e6:.0f} / {(b.peak_bytes or 0) / 1e6:.0f} "
+                f"| {' | '.join(cells)} |"
             )
 
 

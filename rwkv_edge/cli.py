@@ -1,20 +1,16 @@
 """The command line: parse, call one library function, print.  Data goes to stdout, everything else to stderr."""
 
-import contextlib
-import dataclasses
 import errno
 import functools
 import io
 import json
-import os
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +18,26 @@ import click
 from click.shell_completion import get_completion_class
 
 from . import __version__
-from .errors import CheckFailed, InputError, OutputError, RwkvEdgeError
+from .errors import InputError, OutputError, RwkvEdgeError
+from .terminal import (
+    Failure,
+    converse,
+    print_bench,
+    print_inspection,
+    print_json,
+    print_report,
+    print_scores,
+    print_token,
+    print_words,
+    progress_bar,
+    record,
+    say,
+    stats_line,
+    written_line,
+)
 
-Progress = Callable[[int, int], None]
 DEMO = Path(__file__).parent / "demo" / "rwkv7-stories-7m.pth"
 DEMO_MODEL = "dcb32dac250a591fd12cd9251f61dfacfa99ff6afc24fc87d058d9eea4eeb1f6"  # its model_id
-
-
-class Failure(click.ClickException):
-    """One line on stderr, and the exit code."""
-
-    def __init__(self, error: RwkvEdgeError) -> None:
-        text = " ".join(str(error).split())
-        super().__init__("".join(c if c.isprintable() else "?" for c in text))
-        self.exit_code = 3 if isinstance(error, CheckFailed) else 1  # type: ignore[misc]
 
 
 class Commands(click.Group):
@@ -55,7 +57,9 @@ class Commands(click.Group):
             raise Failure(OutputError(f"{e.filename or 'output'}: {e.strerror or e}")) from e
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
+)
 @click.version_option(__version__, "--version", message="rwkv-edge %(version)s")
 def cli() -> None:
     """Take an RWKV language model from its checkpoint to an app.
@@ -77,7 +81,7 @@ force_option = click.option("-f", "--force", is_flag=True, help="Replace the out
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing on stderr but errors.")
 threads_option = click.option(
-    "--threads", type=click.IntRange(1, 256), help="Threads for matrix products.  [default: every core]"
+    "--threads", metavar="N", type=click.IntRange(1, 256), help="Threads for matrix products.  [default: every core]"
 )
 max_tokens_option = click.option(
     "-n", "--max-tokens", type=click.IntRange(0), default=128, metavar="N", help="Tokens to generate at most."
@@ -108,22 +112,26 @@ def quant_options(default: str | None) -> Callable[[Any], Any]:
 
 def sampling_options(command: Any) -> Any:
     """How the next token is chosen: what is given arrives as `settings`."""
-    share, number = click.FloatRange(0, 1, min_open=True), click.FloatRange(-10000, 10000)
-    bundle_s = "  [default: the bundle's]"
+    share, part, number = click.FloatRange(0, 1, min_open=True), click.FloatRange(0, 1), click.FloatRange(-10000, 10000)
+    whole = click.IntRange(0)
+
+    def setting(*names: str, metavar: str, type: Any, help: str) -> Any:  # noqa: A002 (click's words)
+        return click.option(*names, metavar=metavar, type=type, help=f"{help}  [default: the bundle's]")
+
     options = (
-        click.option("-t", "--temperature", type=click.FloatRange(0), help="0 takes the most likely token." + bundle_s),
-        click.option("--top-k", type=click.IntRange(0), help="Keep so many of the most likely tokens; 0: all." + bundle_s),
-        click.option("--top-p", type=share, help="Keep the most likely tokens up to this probability." + bundle_s),
-        click.option(
-            "--min-p", type=click.FloatRange(0, 1), help="Keep tokens at least so likely, beside the likeliest." + bundle_s
-        ),
-        click.option("--typical-p", type=share, help="Keep tokens of nearly the expected surprise, up to this." + bundle_s),
-        click.option("--presence-penalty", type=number, help="Taken from logits of what was said." + bundle_s),
-        click.option("--frequency-penalty", type=number, help="Taken again by its count." + bundle_s),
-        click.option("--penalty-decay", type=click.FloatRange(0, 1), help="Of the counts, with every token." + bundle_s),
+        setting("-t", "--temperature", metavar="X", type=click.FloatRange(0), help="0 takes the most likely token."),
+        setting("--top-k", metavar="N", type=whole, help="Keep the N most likely tokens; 0 keeps all."),
+        setting("--top-p", metavar="P", type=share, help="Keep the most likely tokens, up to a probability of P."),
+        setting("--min-p", metavar="P", type=part, help="Keep tokens at least P times as likely as the likeliest."),
+        setting("--typical-p", metavar="P", type=share, help="Keep the least surprising surprises, up to a probability of P."),
+        setting("--presence-penalty", metavar="X", type=number, help="Taken from the logit of what was said before."),
+        setting("--frequency-penalty", metavar="X", type=number, help="Taken again, for every time it was said."),
+        setting("--penalty-decay", metavar="X", type=part, help="How much of a time is left, a token later."),
         click.option("--ban", multiple=True, metavar="TOKEN", help="Never choose it: an id, or its text. May be given again."),
-        click.option("--bias", multiple=True, metavar="TOKEN=N", help="Add N to its logit. May be given again."),
-        click.option("--seed", type=click.IntRange(0), help="The same seed gives the same text.  [default: another each time]"),
+        click.option("--bias", multiple=True, metavar="TOKEN=X", help="Add X to its logit. May be given again."),
+        click.option(
+            "--seed", metavar="N", type=whole, help="The same seed gives the same text.  [default: another each time]"
+        ),
     )
     probe: Any = functools.reduce(lambda f, option: option(f), options, lambda: None)
     names = [parameter.name for parameter in probe.__click_params__]
@@ -163,17 +171,9 @@ def inspect(path: Path, quant: str | None, block: int | None, overrides: tuple[s
 
     found = look(path, quant=quant, block=block, overrides=overrides)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
-    spec = found.spec
-    click.echo(f"{path}: RWKV-{spec['version']} {found.what}")
-    sizes = "  ".join(f"{name} {value:,}" for name, value in spec.items() if name != "version")
-    click.echo(f"{found.n_parameters:,} parameters  {sizes}")
-    click.echo(f"state {_bytes(found.state_bytes)}\n")
-    rows = found.rows if tensors else found.grouped
-    table = [(r.name, str(r.n), "x".join(map(str, r.shape)), r.recipe, _bytes(r.nbytes)) for r in rows]
-    _table(("tensor", "n", "shape", found.column, "size"), table)
-    click.echo(f"\n{_bytes(found.nbytes)} of weights, {8 * found.nbytes / found.n_parameters:.2f} bits each")
+    print_inspection(path, found, tensors)
 
 
 @cli.command()
@@ -194,7 +194,7 @@ def quantize(
 
     output = output or _beside(checkpoint, f"-{quant}.safetensors")
     start = time.perf_counter()
-    with _progress("quantizing", quiet) as progress:
+    with progress_bar("quantizing", quiet) as progress:
         written = write(
             checkpoint,
             output,
@@ -204,7 +204,7 @@ def quantize(
             force=force,
             progress=progress,
         )
-    _say(_written(written, start), quiet)
+    say(written_line(written, start), quiet)
 
 
 @cli.command()
@@ -250,7 +250,7 @@ def export(
 
     output = output or _beside(checkpoint, f"-{quant}" if quant else None)
     start = time.perf_counter()
-    with _progress("exporting", quiet) as progress:
+    with progress_bar("exporting", quiet) as progress:
         written = write(
             checkpoint,
             output,
@@ -263,15 +263,15 @@ def export(
             force=force,
             progress=progress,
         )
-    _say(_written(written, start), quiet)
+    say(written_line(written, start), quiet)
     for note in written.notes:
-        _say(note, quiet)
+        say(note, quiet)
 
 
 @cli.command()
 @bundle_argument
 @click.option("--against", type=click.Path(path_type=Path), help="The checkpoint it was made from, to measure the cost.")
-@click.option("-n", "--tokens", "n_tokens", type=click.IntRange(2, 65536), default=320, help="Tokens to compare.")
+@click.option("-n", "--tokens", "n_tokens", metavar="N", type=click.IntRange(2, 65536), default=320, help="Tokens to compare.")
 @threads_option
 @json_option
 @quiet_option
@@ -287,12 +287,12 @@ def check(bundle: Path, against: Path | None, n_tokens: int, threads: int | None
     """
     from .check import check as compare
 
-    with _progress("checking", quiet) as progress:
+    with progress_bar("checking", quiet) as progress:
         report = compare(bundle, against, n_tokens=n_tokens, threads=threads, progress=progress)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
-        _print_report(report)
+        print_report(report)
     report.raise_if_failed()
 
 
@@ -329,7 +329,9 @@ def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Continue a text. PROMPT - is stdin, a whole book if you like; several are continued one by one.
+    """Continue a text.
+
+    PROMPT - is stdin, a whole book if you like. Several prompts are continued one by one, each from the same state.
 
     \b
     rwkv-edge run model-int4 "Once upon a time"
@@ -355,19 +357,22 @@ def run(
         prompt = _ids(text) if ids else text
         generation = model.generate(prompt, state, max_tokens=max_tokens, stop=stop, top_logprobs=logprobs or 0, **settings)
         if echoes and len(text) < 1000:
-            _say(text, nl=False)
+            say(text, nl=False)
         try:
             if as_json:
-                click.echo(json.dumps(_record(prompt, list(generation), generation), ensure_ascii=False))
+                click.echo(json.dumps(record(prompt, list(generation), generation), ensure_ascii=False))
             else:
                 for token in generation:
-                    _print_token(model, token, ids, logprobs)
+                    print_token(model, token, ids, logprobs)
                 if max_tokens and logprobs is None:
                     click.echo()
+        except KeyboardInterrupt:
+            click.echo()
+            raise
         finally:  # an interrupt keeps what was read
             if save_state:
                 generation.state.save(save_state)
-        _say(_stats(model, generation, load_s), quiet)
+            say(stats_line(model, generation, load_s), quiet)
 
 
 @cli.command()
@@ -394,9 +399,10 @@ def chat(
     threads: int | None,
     quiet: bool,
 ) -> None:
-    """Talk with a model that was taught to. Ctrl-C ends a reply and keeps the conversation; /help lists what else there is.
+    """Talk with a model that was taught to.
 
-    However long the conversation, its memory is one state of fixed size. Without a terminal, every line of stdin is a turn.
+    Ctrl-C ends a reply and keeps the conversation; /help lists what else there is. However long the conversation, its
+    memory is one state of fixed size. Without a terminal, every line of stdin is a turn.
 
     \b
     rwkv-edge chat model-int4 --system "You are a patient teacher."
@@ -410,7 +416,7 @@ def chat(
     talk = Chat(model, system=system, think=think, max_tokens=max_tokens, **_by_id(model, settings))
     if load_state:
         talk.load(load_state)
-    _converse(model, talk, load_s, quiet)
+    converse(model, talk, load_s, quiet)
 
 
 @cli.command("eval")
@@ -455,20 +461,18 @@ def eval_(
     if last_words and window:
         raise click.UsageError("--last-words reads whole documents: leave --window out")
     texts = e.documents(text or DEMO.with_name("stories.txt"))
-    options: dict[str, Any] = {"against": against, "limit": limit, "role": "exact" if exact else "run", "threads": threads}
-    with _progress("reading", quiet) as progress:
+    options: dict[str, Any] = {"against": against, "limit": limit, "exact": exact, "threads": threads}
+    with progress_bar("reading", quiet) as progress:
         if last_words:
             words = e.last_words(bundles, texts, **options, progress=progress)
         else:
             found = e.evaluate(bundles, texts, window=window, **options, progress=progress)
     if as_json:
-        _print_json(list(words) if last_words else found)
+        print_json(list(words) if last_words else found)
     elif last_words:
-        click.echo(f"the last words of {min(limit or len(texts), len(texts))} documents\n")
-        head = ("", "accuracy", "", "perplexity", "")
-        _table(head, [(w.name, *_figure(w.accuracy, 1, 100, " %"), *_figure(w.perplexity, 2)) for w in words])
+        print_words(words, min(limit or len(texts), len(texts)))
     else:
-        _print_scores(found)
+        print_scores(found)
 
 
 @cli.command()
@@ -479,7 +483,11 @@ def eval_(
     "-r", "--repetitions", type=click.IntRange(1, 1000), default=5, metavar="N", help="Of each, after one that warms up."
 )
 @click.option(
-    "--threads", type=click.IntRange(1, 256), multiple=True, help="May be given again, to compare.  [default: every core]"
+    "--threads",
+    metavar="N",
+    type=click.IntRange(1, 256),
+    multiple=True,
+    help="May be given again, to compare.  [default: every core]",
 )
 @json_option
 @quiet_option
@@ -507,14 +515,14 @@ def bench(
     for path in bundles:
         for n in threads or (None,):
             if sys.stderr.isatty():
-                _say(f"\r\033[Kmeasuring {path.name} ...", quiet, nl=False)
+                say(f"\r\033[Kmeasuring {path.name} ...", quiet, nl=False)
             found.append(measure(path, threads=n, n_prefill=prefill, n_decode=decode, repetitions=repetitions))
     if sys.stderr.isatty():
-        _say("\r\033[K", quiet, nl=False)
+        say("\r\033[K", quiet, nl=False)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        _print_bench(found)
+        print_bench(found)
 
 
 @cli.command()
@@ -535,7 +543,7 @@ def demo(output: Path | None, quant: str, prompt: str, seed: int, force: bool, q
 
         def step(*args: object) -> None:
             """Run one command as a process of its own: its figures are then its own."""
-            _say(f"\n$ rwkv-edge {shlex.join(map(str, args))}", quiet)
+            say(f"\n$ rwkv-edge {shlex.join(map(str, args))}", quiet)
             done = subprocess.run([sys.executable, "-m", "rwkv_edge.cli", *map(str, args), *["-q"] * quiet])
             if done.returncode:
                 sys.exit(done.returncode)
@@ -548,7 +556,7 @@ def demo(output: Path | None, quant: str, prompt: str, seed: int, force: bool, q
             sys.stdout.flush()
         step("run", bundle, prompt, "--seed", seed)
     kept = f"The bundle is in {output}." if output else "The bundle was removed: keep the next one with -o FOLDER."
-    _say(f"\n{kept}", quiet)
+    say(f"\n{kept}", quiet)
 
 
 @cli.command()
@@ -564,168 +572,7 @@ def completion(shell: str) -> None:
     click.echo(completer(cli, {}, "rwkv-edge", "_RWKV_EDGE_COMPLETE").source())
 
 
-# --- printing ---
-
-
-def _say(text: str, quiet: bool = False, *, nl: bool = True) -> None:
-    """A line for a person, on stderr; dim where that is a terminal, unless NO_COLOR is set."""
-    if not quiet:
-        click.secho(text, err=True, nl=nl, dim=True, color=False if os.environ.get("NO_COLOR") else None)
-
-
-def _print_json(data: Any) -> None:
-    def plain(x: Any) -> Any:
-        return dataclasses.asdict(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else str(x)
-
-    click.echo(json.dumps(data, default=plain, indent=1))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> None:
-    """Columns on stdout: so many of words to the left, the others, of numbers, to the right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    for row in (head, *rows):
-        cells = (cell.ljust(w) if i < words else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        click.echo("  ".join(cells).rstrip())
-
-
-def _print_report(report: Any) -> None:
-    click.echo(f"{report.bundle}: {report.n_tokens} tokens, against its own weights in float64")
-    head = ("graph", "arithmetic", "tokens", "max", "rms", "KL", "top-1", "state", "")
-    rows = [
-        (
-            row.file,
-            row.arithmetic,
-            row.fed,
-            f"{row.own.max_abs:.1e}",
-            f"{row.own.rms:.1e}",
-            f"{row.own.kl:.1e}",
-            f"{100 * row.own.top1:.1f} %",
-            f"{row.state:.1e}",
-            "ok" if row.ok else "WRONG",
-        )
-        for row in report.rows
-    ]
-    r = report.rounding
-    rows.append(("numpy", "float32", "", f"{r.max_abs:.1e}", f"{r.rms:.1e}", f"{r.kl:.1e}", f"{100 * r.top1:.1f} %", "", ""))
-    _table(head, rows, words=3)
-    allowed = report.limits
-    click.echo(
-        "max, rms: of the logits, in their deviations; KL: nats a token; state: at most, in its own deviations.\n"
-        f"Allowed: exact graphs {allowed['exact_max']:.1e} max, {allowed['exact_state']:.1e} state; with int8 activations "
-        f"{allowed['int8_rms']} rms,\nand the graph must be the exact one but for the rounding of activations."
-    )
-    verdict = "computes its own weights" if report.ok else "does NOT compute its own weights"
-    click.echo(f"The bundle {verdict}.")
-    if report.weights:
-        click.echo("\nagainst the checkpoint: what quantization cost")
-        costs = [("the weights alone", report.weights)]
-        costs += [(f"{row.file}, {row.fed}", row.cost) for row in report.rows]
-        _table(
-            ("", "max", "rms", "KL", "top-1"),
-            [(what, f"{d.max_abs:.1e}", f"{d.rms:.1e}", f"{d.kl:.1e}", f"{100 * d.top1:.1f} %") for what, d in costs],
-        )
-
-
-def _bytes(n: int) -> str:
-    if n < 1_000_000:
-        return f"{n / 1e3:.1f} kB"
-    return f"{n / 1e6:.1f} MB" if n < 1_000_000_000 else f"{n / 1e9:.2f} GB"
-
-
-def _written(written: Any, start: float) -> str:
-    return (
-        f"{written.path}: {_bytes(written.nbytes)}, {written.bits_per_weight:.2f} bits a weight, "
-        f"{time.perf_counter() - start:.1f} s, model {written.model_id[:12]}"
-    )
-
-
-def _stats(model: Any, generation: Any, load_s: float) -> str:
-    from .bench import memory
-
-    s = generation.stats
-    parts = [f"read {s.n_prompt} tokens at {s.n_prompt / s.prefill_s:.0f} tok/s"] if s.n_prompt else []
-    if s.n_generated > 1:
-        tok_s = s.n_generated / s.decode_s
-        parts.append(f"wrote {s.n_generated} at {tok_s:.0f} tok/s ({tok_s * model.bytes_per_token / 1e9:.1f} GB/s)")
-    parts.append(f"loaded in {load_s:.2f} s")
-    peak, _ = memory()
-    return ", ".join(parts + ([f"peak memory {_bytes(peak)}"] if peak else []))
-
-
-def _figure(x: Any, digits: int, factor: float = 1, unit: str = "", *, signed: bool = False) -> tuple[str, str]:
-    """An estimate as two cells: the figure, and its error."""
-    if x is None:
-        return "", ""
-    sign = "+" if signed else ""
-    error = "" if x.error is None else f"± {factor * x.error:.{digits}f}"
-    return f"{factor * x.value:{sign}.{digits}f}{unit}", error
-
-
-def _print_scores(found: Any) -> None:
-    first, passages = found.scores[0].name, "passage" if found.n_documents == 1 else "passages"
-    click.echo(f"{found.n_predictions:,} predictions, {found.n_bytes:,} bytes of text, {found.n_documents} {passages}\n")
-    head: tuple[str, ...] = ("", "perplexity", "", "bits/byte", "")
-    rows: list[tuple[str, ...]] = [(s.name, *_figure(s.perplexity, 3), *_figure(s.bits_per_byte, 4)) for s in found.scores]
-    if len(found.scores) == 1:
-        _table(head, rows)
-        return
-    head += ("cost", "", "KL", "", "same top", "")
-    costs = (
-        (*_figure(s.percent, 2, 1, " %", signed=True), *_figure(s.kl, 6), *_figure(s.top1, 1, 100, " %")) for s in found.scores
-    )
-    _table(head, [row + cost for row, cost in zip(rows, costs, strict=True)])
-    click.echo(f"\nBeside {first}: cost, of perplexity; KL, nats a token; same top, the most likely token is the same one.")
-
-
-def _print_bench(found: Sequence[Any]) -> None:
-    f = found[0]
-    head: tuple[str, ...] = ("", "MB", "bits", "threads", f"prefill {f.n_prefill}", "", f"decode {f.n_decode}", "", "GB/s")
-    head += ("load", "first", "peak", "anon", "redone")
-    rows = []
-    for b in found:
-        speeds = ((_tok_s(s.median), f"{_tok_s(min(s.tok_s))}-{_tok_s(max(s.tok_s))}") for s in (b.prefill, b.decode))
-        redone = f"{b.prefill.disturbed}+{b.decode.disturbed}" + "!" * (min(b.prefill.share, b.decode.share) < 0.9)
-        rows.append(
-            (
-                b.name,
-                _mb(b.nbytes),
-                f"{b.bits_per_weight:.2f}",
-                str(b.n_threads),
-                *(cell for speed in speeds for cell in speed),
-                f"{b.gb_s:.1f}",
-                f"{b.load_s:.2f}",
-                f"{b.first_token_s:.2f}",
-                _mb(b.peak_bytes),
-                _mb(b.anonymous_bytes),
-                redone,
-            )
-        )
-    _table(head, rows)
-    click.echo(
-        "\nprefill, decode: tok/s, median and range. GB/s: weights that decode reads. load, first: seconds to open\n"
-        "it, and from nothing to the first token after the prompt. peak, anon: MB of memory, and what of it no file\n"
-        "backs. redone: repetitions that other programs disturbed, of prefill and of decode."
-    )
-    if any("!" in row[-1] for row in rows):
-        click.echo("! Disturbed even so, by more than a tenth of the processors' time: do not trust this row.")
-
-
-def _tok_s(x: float) -> str:
-    return f"{x:.1f}" if x < 100 else f"{x:.0f}"
-
-
-def _mb(n: int | None) -> str:
-    return "?" if n is None else f"{n / 1e6:.1f}" if n < 10_000_000 else f"{n / 1e6:.0f}"
-
-
-@contextmanager
-def _progress(label: str, quiet: bool) -> Iterator[Progress | None]:
-    """A bar on stderr, if that is a terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    with click.progressbar(length=1000, label=label, file=sys.stderr, show_pos=False) as bar:
-        yield lambda done, total: bar.update(1000 * done // total - bar.pos)
+# --- inputs ---
 
 
 def _beside(checkpoint: Path, suffix: str | None) -> Path:
@@ -785,131 +632,18 @@ def _by_id(model: Any, settings: dict[str, Any]) -> dict[str, Any]:
     if "ban" in settings:
         settings["ban"] = [token(text) for text in settings["ban"]]
     if "bias" in settings:
-        pairs = [text.rpartition("=") for text in settings["bias"]]
-        try:
-            settings["bias"] = {token(name): float(value) for name, _, value in pairs}
-        except ValueError as e:
-            raise InputError(f"a bias is TOKEN=N, such as 11=-2: {e}") from e
+        bias = {}
+        for text in settings["bias"]:
+            name, _, x = text.rpartition("=")
+            try:
+                number = float(x)
+            except ValueError:
+                name = ""
+            if not name:
+                raise InputError(f"{text} is no bias: expected TOKEN=X, such as 11=-2")
+            bias[token(name)] = number
+        settings["bias"] = bias
     return settings
-
-
-def _record(prompt: str | list[int], tokens: list[Any], generation: Any) -> dict[str, Any]:
-    """A generation as JSON has it."""
-    return {
-        "prompt": prompt,
-        "text": "".join(token.text for token in tokens),
-        "finish": generation.finish,
-        "tokens": [dataclasses.asdict(token) for token in tokens],
-        "stats": dataclasses.asdict(generation.stats),
-    }
-
-
-def _print_token(model: Any, token: Any, ids: bool, logprobs: int | None) -> None:
-    if logprobs is None:
-        click.echo(f"{token.id} " if ids else token.text, nl=False)
-        return
-
-    def name(i: int) -> str:
-        return f"{i}" if model.tokenizer is None else f"{i} {json.dumps(model.tokenizer.decode([i]), ensure_ascii=False)}"
-
-    rest = "".join(f"   {p:.3f} {name(i)}" for i, p in token.top)
-    click.echo(f"{token.logprob:8.3f} {name(token.id)}" + (f"  |{rest}" if rest else ""))
-
-
-# --- a conversation ---
-
-_CHAT_HELP = """\
-/save FILE   write the conversation's state
-/load FILE   go on from one
-/undo        take the last turn back
-/reset       begin anew
-/stats       how long the conversation is, and what it takes
-/quit        end, as Ctrl-D does
-A line that ends with \\ goes on in the next one. Ctrl-C ends a reply."""
-
-
-def _converse(model: Any, talk: Any, load_s: float, quiet: bool) -> None:
-    """Take turns until the end of stdin."""
-    if sys.stdin is None:
-        raise InputError("stdin is closed: a conversation needs it")
-    if sys.stdin.isatty():
-        _say("Ctrl-D ends, /help tells more.", quiet)
-    while True:
-        try:
-            text = _turn()
-        except EOFError:
-            if sys.stdin.isatty():
-                click.echo(err=True)
-            return
-        except KeyboardInterrupt:
-            _say("\n/quit or Ctrl-D ends.", quiet)
-            continue
-        command, _, rest = text.strip().partition(" ")
-        if command in ("/quit", "/exit"):
-            return
-        try:
-            if command.startswith("/"):
-                _say(_chat_command(model, talk, command, rest.strip(), load_s))
-            elif text.strip():
-                _reply(talk.say(text))
-                _say(_stats(model, talk.generation, load_s) + "\n", quiet)
-        except KeyboardInterrupt:
-            spoken = talk.generation is not None and talk.generation.stats.n_generated
-            _say("\n(interrupted: the conversation goes on from here)\n" if spoken else "\n(interrupted: not read)\n", quiet)
-        except RwkvEdgeError as e:  # a typing error must not end a conversation
-            if not sys.stdin.isatty():
-                raise
-            Failure(e).show()
-
-
-def _turn() -> str:
-    """One message: a line, or several with \\ at the end of all but the last."""
-    lines: list[str] = []
-    while True:
-        if sys.stdin.isatty() and sys.stdout.isatty():
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401 (gives input() its line editor and history)
-            line = input("... " if lines else "> ")
-        else:
-            line = sys.stdin.readline()
-            if not line:
-                raise EOFError
-        line = line.rstrip("\n")
-        lines.append(line.removesuffix("\\"))
-        if not line.endswith("\\"):
-            return "\n".join(lines)
-
-
-def _reply(pieces: Any) -> None:
-    """Print a reply as it comes, its thought dim."""
-    said = ""
-    with contextlib.closing(pieces):
-        for piece in pieces:
-            said += piece
-            thought = said.startswith("<think") and "</think>" not in said.removesuffix(piece)
-            click.secho(piece, nl=False, dim=thought or None, color=False if os.environ.get("NO_COLOR") else None)
-    click.echo()
-
-
-def _chat_command(model: Any, talk: Any, command: str, rest: str, load_s: float) -> str:
-    """Do what a line that begins with / asks for: what to say of it."""
-    if command in ("/save", "/load"):
-        if not rest:
-            raise InputError(f"{command} needs a file's name")
-        getattr(talk, command[1:])(rest)
-        return f"{rest}: {talk.state.n_tokens} tokens"
-    if command == "/undo":
-        return "the last turn is taken back" if talk.undo() else "there is no turn to take back"
-    if command == "/reset":
-        talk.reset()
-        return "the conversation begins anew"
-    if command == "/stats":
-        n = talk.state.n_tokens if talk.state else 0
-        last = f"; last reply: {_stats(model, talk.generation, load_s)}" if talk.generation else ""
-        return f"{n} tokens in a state of {_bytes(model.spec.state_bytes)}{last}"
-    if command == "/help":
-        return _CHAT_HELP
-    raise InputError(f"{command} is unknown: /help lists what there is")
 
 
 def _ids(text: str) -> list[int]:

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .bundle import read_bundle
 from .checkpoints import Checkpoint, open_checkpoint
 from .errors import BundleError, InputError
 from .qtensor import QTensor
 from .reference import Weights, run_reference
-from .runtime import Model, open_bundle
+from .runtime import Model
 from .runtime.sampling import log_softmax
 from .tokenizer import Tokenizer
 
@@ -166,7 +167,7 @@ def evaluate(
     against: str | Path | None = None,
     window: int | None = None,
     limit: int | None = None,
-    role: str = "run",
+    exact: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -175,7 +176,7 @@ def evaluate(
     against  a checkpoint to compare with, in float32: it becomes the first
     window   read windows of so many tokens, each from a zero state, instead of whole documents
     limit    at most so many documents, or windows
-    role     of the graph: "run", or "exact"
+    exact    compute matrix products in float32 where bundles round activations to 8 bits
     progress called with tokens done and tokens in all
 
     All models are open at once.
@@ -184,7 +185,7 @@ def evaluate(
     """
     if window is not None and window < 2:
         raise InputError(f"a window of {window} tokens predicts nothing: expected 2 or more")
-    models, tokenizer = _open(bundles, threads, role)
+    models, tokenizer = _open(bundles, threads, exact)
     read = passages(texts, tokenizer, end_of_text=models[0].end_of_text, window=window, limit=limit)
     feeds: list[Feeds] = [*models]
     names = [Path(b).name for b in bundles]
@@ -218,7 +219,7 @@ def last_words(
     *,
     against: str | Path | None = None,
     limit: int | None = None,
-    role: str = "run",
+    exact: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[WordScore, ...]:
@@ -228,7 +229,7 @@ def last_words(
 
     Source  arXiv 1606.06031; the counting is that of the official RWKV scripts
     """
-    models, tokenizer = _open(bundles, threads, role)
+    models, tokenizer = _open(bundles, threads, exact)
     feeds: list[Feeds] = [*models]
     names = [Path(b).name for b in bundles]
     if against:
@@ -259,8 +260,12 @@ def last_words(
     )
 
 
-def _open(bundles: Sequence[str | Path], threads: int | None, role: str) -> tuple[list[Model], Tokenizer]:
-    models = [open_bundle(path, threads=threads, role=role) for path in bundles]
+def _open(bundles: Sequence[str | Path], threads: int | None, exact: bool) -> tuple[list[Model], Tokenizer]:
+    models = []
+    for path in bundles:
+        bundle = read_bundle(path)
+        roles = [g["role"] for g in bundle.manifest["graphs"] if g["arithmetic"] == "exact"]
+        models.append(Model(bundle, threads=threads, role=roles[0] if exact and roles else "run"))
     first = models[0]
     for path, model in zip(bundles, models, strict=True):
         if model.tokenizer is None:

@@ -183,8 +183,8 @@ def test_bans_and_biases_by_text_and_by_id(bundle, model):
         (["--ban", "a dog"], "'a dog' is 2 tokens [65, 1097], and not one: give ids"),
         (["--ban", "1.5"], "1.5 is no token: expected an id, or a text that is one token"),
         (["--ban", "9999"], "token 9999 is outside the vocabulary of 0 to 4095"),
-        (["--bias", "3"], "a bias is TOKEN=N, such as 11=-2: could not convert string to float: '3'"),
-        (["--bias", "3=x"], "a bias is TOKEN=N, such as 11=-2: could not convert string to float: 'x'"),
+        (["--bias", "3"], "3 is no bias: expected TOKEN=X, such as 11=-2"),
+        (["--bias", "3=x"], "3=x is no bias: expected TOKEN=X, such as 11=-2"),
         (["--bias", "3=1e9"], "bias of token 3 1000000000.0 is not possible: expected -10000 to 10000"),
     ):
         found = said(*args)

@@ -70,7 +70,7 @@ def test_against_a_checkpoint_is_against_float32(bundle):
     assert scores[0].kl.value < 1e-8 < scores[1].kl.value < scores[2].kl.value / 10 < 0.01
     assert scores[0].top1.value == 1
     assert abs(scores[0].percent.value) < 1e-3
-    exact = evaluate(paths[2:], documents(STORIES), against=DEMO, limit=1, role="exact").scores[1]
+    exact = evaluate(paths[2:], documents(STORIES), against=DEMO, limit=1, exact=True).scores[1]
     assert exact.kl.value == pytest.approx(scores[2].kl.value, rel=0.1)
     assert exact.kl.value != scores[2].kl.value
 

@@ -1,0 +1,325 @@
+"""What a person sees: lines, tables, progress, and a conversation.  Data goes to stdout, everything else to stderr."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from .errors import CheckFailed, InputError, RwkvEdgeError
+
+Progress = Callable[[int, int], None]
+
+
+class Failure(click.ClickException):
+    """One line on stderr, and the exit code."""
+
+    def __init__(self, error: RwkvEdgeError) -> None:
+        text = " ".join(str(error).split())
+        super().__init__("".join(c if c.isprintable() else "?" for c in text))
+        self.exit_code = 3 if isinstance(error, CheckFailed) else 1  # type: ignore[misc]
+
+
+def say(text: str, quiet: bool = False, *, nl: bool = True) -> None:
+    """A line for a person, on stderr; dim where that is a terminal, unless NO_COLOR is set."""
+    if not quiet:
+        click.secho(text, err=True, nl=nl, dim=True, color=False if os.environ.get("NO_COLOR") else None)
+
+
+def print_json(data: Any) -> None:
+    def plain(x: Any) -> Any:
+        return dataclasses.asdict(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else str(x)
+
+    click.echo(json.dumps(data, default=plain, indent=1))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> None:
+    """Columns on stdout: so many of words to the left, the others, of numbers, to the right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        cells = (cell.ljust(w) if i < words else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        click.echo("  ".join(cells).rstrip())
+
+
+def print_inspection(path: object, found: Any, tensors: bool) -> None:
+    """What a file holds, in groups or tensor by tensor."""
+    spec = found.spec
+    click.echo(f"{path}: RWKV-{spec['version']} {found.what}")
+    sizes = "  ".join(f"{name} {value:,}" for name, value in spec.items() if name != "version")
+    click.echo(f"{found.n_parameters:,} parameters  {sizes}")
+    click.echo(f"state {size(found.state_bytes)}\n")
+    rows = found.rows if tensors else found.grouped
+    cells = [(r.name, str(r.n), "x".join(map(str, r.shape)), r.recipe, size(r.nbytes)) for r in rows]
+    table(("tensor", "n", "shape", found.column, "size"), cells)
+    click.echo(f"\n{size(found.nbytes)} of weights, {8 * found.nbytes / found.n_parameters:.2f} bits each")
+
+
+def print_report(report: Any) -> None:
+    click.echo(f"{report.bundle}: {report.n_tokens} tokens, against its own weights in float64")
+    head = ("graph", "arithmetic", "tokens", "max", "rms", "KL", "top-1", "state", "")
+    rows = [
+        (
+            row.file,
+            row.arithmetic,
+            row.fed,
+            f"{row.own.max_abs:.1e}",
+            f"{row.own.rms:.1e}",
+            f"{row.own.kl:.1e}",
+            f"{100 * row.own.top1:.1f} %",
+            f"{row.state:.1e}",
+            "ok" if row.ok else "WRONG",
+        )
+        for row in report.rows
+    ]
+    r = report.rounding
+    rows.append(("numpy", "float32", "", f"{r.max_abs:.1e}", f"{r.rms:.1e}", f"{r.kl:.1e}", f"{100 * r.top1:.1f} %", "", ""))
+    table(head, rows, words=3)
+    allowed = report.limits
+    click.echo(
+        "max, rms: of the logits, in their deviations; KL: nats a token; state: at most, in its own deviations.\n"
+        f"Allowed: exact graphs {allowed['exact_max']:.1e} max, {allowed['exact_state']:.1e} state; with int8 activations "
+        f"{allowed['int8_rms']} rms,\nand the graph must be the exact one but for the rounding of activations."
+    )
+    verdict = "computes its own weights" if report.ok else "does NOT compute its own weights"
+    click.echo(f"The bundle {verdict}.")
+    if report.weights:
+        click.echo("\nagainst the checkpoint: what quantization cost")
+        costs = [("the weights alone", report.weights)]
+        costs += [(f"{row.file}, {row.fed}", row.cost) for row in report.rows]
+        table(
+            ("", "max", "rms", "KL", "top-1"),
+            [(what, f"{d.max_abs:.1e}", f"{d.rms:.1e}", f"{d.kl:.1e}", f"{100 * d.top1:.1f} %") for what, d in costs],
+        )
+
+
+def size(n: int) -> str:
+    if n < 1_000_000:
+        return f"{n / 1e3:.1f} kB"
+    return f"{n / 1e6:.1f} MB" if n < 1_000_000_000 else f"{n / 1e9:.2f} GB"
+
+
+def written_line(written: Any, start: float) -> str:
+    return (
+        f"{written.path}: {size(written.nbytes)}, {written.bits_per_weight:.2f} bits a weight, "
+        f"{time.perf_counter() - start:.1f} s, model {written.model_id[:12]}"
+    )
+
+
+def stats_line(model: Any, generation: Any, load_s: float) -> str:
+    from .bench import memory
+
+    s = generation.stats
+    parts = [f"read {s.n_prompt} tokens at {s.n_prompt / s.prefill_s:.0f} tok/s"] if s.n_prompt else []
+    if s.n_generated > 1:
+        tok_s = s.n_generated / s.decode_s
+        parts.append(f"wrote {s.n_generated} at {tok_s:.0f} tok/s ({tok_s * model.bytes_per_token / 1e9:.1f} GB/s)")
+    parts.append(f"loaded in {load_s:.2f} s")
+    peak, _ = memory()
+    return ", ".join(parts + ([f"peak memory {size(peak)}"] if peak else []))
+
+
+def figure(x: Any, digits: int, factor: float = 1, unit: str = "", *, signed: bool = False) -> tuple[str, str]:
+    """An estimate as two cells: the figure, and its error."""
+    if x is None:
+        return "", ""
+    sign = "+" if signed else ""
+    error = "" if x.error is None else f"± {factor * x.error:.{digits}f}"
+    return f"{factor * x.value:{sign}.{digits}f}{unit}", error
+
+
+def print_scores(found: Any) -> None:
+    first, passages = found.scores[0].name, "passage" if found.n_documents == 1 else "passages"
+    click.echo(f"{found.n_predictions:,} predictions, {found.n_bytes:,} bytes of text, {found.n_documents} {passages}\n")
+    head: tuple[str, ...] = ("", "perplexity", "", "bits/byte", "")
+    rows: list[tuple[str, ...]] = [(s.name, *figure(s.perplexity, 3), *figure(s.bits_per_byte, 4)) for s in found.scores]
+    if len(found.scores) == 1:
+        table(head, rows)
+        return
+    head += ("cost", "", "KL", "", "same top", "")
+    costs = (
+        (*figure(s.percent, 2, 1, " %", signed=True), *figure(s.kl, 6), *figure(s.top1, 1, 100, " %")) for s in found.scores
+    )
+    table(head, [row + cost for row, cost in zip(rows, costs, strict=True)])
+    click.echo(f"\nBeside {first}: cost, of perplexity; KL, nats a token; same top, the most likely token is the same one.")
+
+
+def print_words(words: Sequence[Any], n: int) -> None:
+    click.echo(f"the last words of {n} documents\n")
+    head = ("", "accuracy", "", "perplexity", "")
+    table(head, [(w.name, *figure(w.accuracy, 1, 100, " %"), *figure(w.perplexity, 2)) for w in words])
+
+
+def print_bench(found: Sequence[Any]) -> None:
+    f = found[0]
+    head: tuple[str, ...] = ("", "MB", "bits", "threads", f"prefill {f.n_prefill}", "", f"decode {f.n_decode}", "", "GB/s")
+    head += ("load", "first", "peak", "anon", "redone")
+    rows = []
+    for b in found:
+        speeds = ((_tok_s(s.median), f"{_tok_s(min(s.tok_s))}-{_tok_s(max(s.tok_s))}") for s in (b.prefill, b.decode))
+        redone = f"{b.prefill.disturbed}+{b.decode.disturbed}" + "!" * (min(b.prefill.share, b.decode.share) < 0.9)
+        rows.append(
+            (
+                b.name,
+                _mb(b.nbytes),
+                f"{b.bits_per_weight:.2f}",
+                str(b.n_threads),
+                *(cell for speed in speeds for cell in speed),
+                f"{b.gb_s:.1f}",
+                f"{b.load_s:.2f}",
+                f"{b.first_token_s:.2f}",
+                _mb(b.peak_bytes),
+                _mb(b.anonymous_bytes),
+                redone,
+            )
+        )
+    table(head, rows)
+    click.echo(
+        "\nprefill, decode: tok/s, median and range. GB/s: weights that decode reads. load, first: seconds to open\n"
+        "it, and from nothing to the first token after the prompt. peak, anon: MB of memory, and what of it no file\n"
+        "backs. redone: repetitions that other programs disturbed, of prefill and of decode."
+    )
+    if any("!" in row[-1] for row in rows):
+        click.echo("! Disturbed even so, by more than a tenth of the processors' time: do not trust this row.")
+
+
+def _tok_s(x: float) -> str:
+    return f"{x:.1f}" if x < 100 else f"{x:.0f}"
+
+
+def _mb(n: int | None) -> str:
+    return "?" if n is None else f"{n / 1e6:.1f}" if n < 10_000_000 else f"{n / 1e6:.0f}"
+
+
+@contextmanager
+def progress_bar(label: str, quiet: bool) -> Iterator[Progress | None]:
+    """A bar on stderr, if that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    with click.progressbar(length=1000, label=label, file=sys.stderr, show_pos=False) as bar:
+        yield lambda done, total: bar.update(1000 * done // total - bar.pos)
+
+
+def record(prompt: str | list[int], tokens: list[Any], generation: Any) -> dict[str, Any]:
+    """A generation as JSON has it."""
+    return {
+        "prompt": prompt,
+        "text": "".join(token.text for token in tokens),
+        "finish": generation.finish,
+        "tokens": [dataclasses.asdict(token) for token in tokens],
+        "stats": dataclasses.asdict(generation.stats),
+    }
+
+
+def print_token(model: Any, token: Any, ids: bool, logprobs: int | None) -> None:
+    if logprobs is None:
+        click.echo(f"{token.id} " if ids else token.text, nl=False)
+        return
+
+    def name(i: int) -> str:
+        return f"{i}" if model.tokenizer is None else f"{i} {json.dumps(model.tokenizer.decode([i]), ensure_ascii=False)}"
+
+    rest = "".join(f"   {p:.3f} {name(i)}" for i, p in token.top)
+    click.echo(f"{token.logprob:8.3f} {name(token.id)}" + (f"  |{rest}" if rest else ""))
+
+
+# --- a conversation ---
+
+_CHAT_HELP = """\
+/save FILE   write the conversation's state
+/load FILE   go on from one
+/undo        take the last turn back
+/reset       begin anew
+/stats       how long the conversation is, and what it takes
+/quit        end, as Ctrl-D does
+A line that ends with \\ goes on in the next one. Ctrl-C ends a reply."""
+
+
+def converse(model: Any, talk: Any, load_s: float, quiet: bool) -> None:
+    """Take turns until the end of stdin."""
+    if sys.stdin is None:
+        raise InputError("stdin is closed: a conversation needs it")
+    if sys.stdin.isatty():
+        say("Ctrl-D ends, /help tells more.", quiet)
+    while True:
+        try:
+            text = _turn()
+        except EOFError:
+            if sys.stdin.isatty():
+                click.echo(err=True)
+            return
+        except KeyboardInterrupt:
+            say("\n/quit or Ctrl-D ends.", quiet)
+            continue
+        command, _, rest = text.strip().partition(" ")
+        if command in ("/quit", "/exit"):
+            return
+        try:
+            if command.startswith("/"):
+                say(_chat_command(model, talk, command, rest.strip(), load_s))
+            elif text.strip():
+                _reply(talk.say(text))
+                say(stats_line(model, talk.generation, load_s) + "\n", quiet)
+        except KeyboardInterrupt:
+            spoken = talk.generation is not None and talk.generation.stats.n_generated
+            say("\n(interrupted: the conversation goes on from here)\n" if spoken else "\n(interrupted: not read)\n", quiet)
+        except RwkvEdgeError as e:  # a typing error must not end a conversation
+            if not sys.stdin.isatty():
+                raise
+            Failure(e).show()
+
+
+def _turn() -> str:
+    """One message: a line, or several with \\ at the end of all but the last."""
+    lines: list[str] = []
+    while True:
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 (gives input() its line editor and history)
+            line = input("... " if lines else "> ")
+        else:
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+        line = line.rstrip("\n")
+        lines.append(line.removesuffix("\\"))
+        if not line.endswith("\\"):
+            return "\n".join(lines)
+
+
+def _reply(pieces: Any) -> None:
+    """Print a reply as it comes, its thought dim."""
+    said = ""
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            said += piece
+            thought = said.startswith("<think") and "</think>" not in said.removesuffix(piece)
+            click.secho(piece, nl=False, dim=thought or None, color=False if os.environ.get("NO_COLOR") else None)
+    click.echo()
+
+
+def _chat_command(model: Any, talk: Any, command: str, rest: str, load_s: float) -> str:
+    """Do what a line that begins with / asks for: what to say of it."""
+    if command in ("/save", "/load"):
+        if not rest:
+            raise InputError(f"{command} needs a file's name")
+        getattr(talk, command[1:])(rest)
+        return f"{rest}: {talk.state.n_tokens} tokens"
+    if command == "/undo":
+        return "the last turn is taken back" if talk.undo() else "there is no turn to take back"
+    if command == "/reset":
+        talk.reset()
+        return "the conversation begins anew"
+    if command == "/stats":
+        n = talk.state.n_tokens if talk.state else 0
+        last = f"; last reply: {stats_line(model, talk.generation, load_s)}" if talk.generation else ""
+        return f"{n} tokens in a state of {size(model.spec.state_bytes)}{last}"
+    if command == "/help":
+        return _CHAT_HELP
+    raise InputError(f"{command} is unknown: /help lists what there is")
