@@ -27,8 +27,9 @@ bench: .venv/dev          ## speed and memory, as ratios measured in one run
 goldens: .venv/reference  ## make tests/golden anew
 	$(BIN)/python tests/make_goldens.py
 
-docs: .venv/dev           ## write docs/cli.md from the help
-	$(BIN)/python docs/make_cli.py
+docs: .venv/docs          ## write docs/cli.md and docs/api.md, then the site, into build/docs
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/mkdocs build --strict
 
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit("rwkv-edge needs Python 3.11 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
@@ -41,6 +42,10 @@ docs: .venv/dev           ## write docs/cli.md from the help
 
 .venv/dev: .venv/python pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
+	touch $@
+
+.venv/docs: .venv/dev pyproject.toml constraints.txt
+	$(PIP) -e '.[docs]'
 	touch $@
 
 .venv/reference: .venv/dev constraints.txt
