@@ -25,7 +25,7 @@ PATIENCE = 5  # times the repetitions asked for: then disturbed ones are taken
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second over repetitions.
+    """Tokens a second over repetitions; median, of them.
 
     disturbed  repetitions that other processes disturbed, and that were made again
     share      of the processors' time that the process had, at the least, in the repetitions that count
@@ -37,6 +37,7 @@ class Speed:
 
     @property
     def median(self) -> float:
+        """The one in the middle."""
         return statistics.median(self.tok_s)
 
 
@@ -142,7 +143,7 @@ def _measure(path: str, threads: int | None, n_prefill: int, n_decode: int, repe
     weights = sum(t.data.nbytes + (t.scales.nbytes if t.scales else 0) for t in model.bundle.tensors.values())
     return Bench(
         name=Path(path).name,
-        nbytes=sum(f["bytes"] for f in model.bundle.manifest["files"].values()),
+        nbytes=sum(file.stat().st_size for file in Path(path).iterdir()),
         bits_per_weight=8 * weights / model.spec.n_parameters,
         n_threads=n_threads,
         n_prefill=n_prefill,

@@ -54,6 +54,8 @@ class Difference:
 class Row:
     """One graph, read in one way.
 
+    file, arithmetic  of the graph
+    fed      how many tokens at a time
     own      against the bundle's own weights
     state    largest difference of a final state tensor, in its own standard deviations
     cost     against the checkpoint, or None
@@ -70,6 +72,7 @@ class Row:
 
     @property
     def ok(self) -> bool:
+        """Whether the graph computes the bundle's own weights."""
         return not self.fault
 
 
@@ -91,6 +94,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether every graph computes the bundle's own weights."""
         return all(row.ok for row in self.rows)
 
     def raise_if_failed(self) -> None:

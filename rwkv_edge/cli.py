@@ -123,7 +123,9 @@ def sampling_options(command: Any) -> Any:
         setting("--top-k", metavar="N", type=whole, help="Keep the N most likely tokens; 0 keeps all."),
         setting("--top-p", metavar="P", type=share, help="Keep the most likely tokens, up to a probability of P."),
         setting("--min-p", metavar="P", type=part, help="Keep tokens at least P times as likely as the likeliest."),
-        setting("--typical-p", metavar="P", type=share, help="Keep the least surprising surprises, up to a probability of P."),
+        setting(
+            "--typical-p", metavar="P", type=share, help="Keep tokens of the most expected surprise, up to a probability of P."
+        ),
         setting("--presence-penalty", metavar="X", type=number, help="Taken from the logit of what was said before."),
         setting("--frequency-penalty", metavar="X", type=number, help="Taken again, for every time it was said."),
         setting("--penalty-decay", metavar="X", type=part, help="How much of a time is left, a token later."),
@@ -338,9 +340,9 @@ def run(
     rwkv-edge run model-int4 - -n 0 --save-state book.state < book.txt
     rwkv-edge run model-int4 "And then" --load-state book.state
     rwkv-edge run model-int4 --lines prompts.txt --json --seed 1 > out.jsonl
-    rwkv-edge run model-int4 "A" --logprobs 5 -n 3 --ban '" the"' --bias 11=-2
+    rwkv-edge run model-int4 "A" --logprobs 5 -n 3 --ban " the" --bias 11=-2
 
-    A TOKEN to ban or to bias is an id, or a text that is one token, in JSON's quotes where it may be taken for an id.
+    A TOKEN to ban or to bias is an id, or a text that is one token; in JSON's quotes, '"5"', where it would be taken for an id.
     """
     from .runtime.state import refuse_output
 
@@ -356,8 +358,10 @@ def run(
     for text in texts:
         prompt = _ids(text) if ids else text
         generation = model.generate(prompt, state, max_tokens=max_tokens, stop=stop, top_logprobs=logprobs or 0, **settings)
-        if echoes and len(text) < 1000:
+        if len(text) < 1000 and echoes:
             say(text, nl=False)
+        elif len(text) < 1000 and len(texts) > 1 and not (as_json or ids or logprobs is not None):
+            click.echo(text, nl=False)  # or nobody could tell which is whose
         try:
             if as_json:
                 click.echo(json.dumps(record(prompt, list(generation), generation), ensure_ascii=False))
@@ -372,7 +376,7 @@ def run(
         finally:  # an interrupt keeps what was read
             if save_state:
                 generation.state.save(save_state)
-            say(stats_line(model, generation, load_s), quiet)
+            say(stats_line(model, generation, load_s if text is texts[0] else None), quiet)
 
 
 @cli.command()
@@ -458,8 +462,8 @@ def eval_(
     """
     from . import evaluate as e
 
-    if last_words and window:
-        raise click.UsageError("--last-words reads whole documents: leave --window out")
+    if last_words and (window or not text):
+        raise click.UsageError("--last-words needs a --text of many short documents, which it reads whole: leave --window out.")
     texts = e.documents(text or DEMO.with_name("stories.txt"))
     options: dict[str, Any] = {"against": against, "limit": limit, "exact": exact, "threads": threads}
     with progress_bar("reading", quiet) as progress:
@@ -529,7 +533,7 @@ def bench(
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Keep the bundle here.  [default: removed]")
 @click.option("--quant", type=click.Choice(["none", "fp16", "int8", "int4"]), default="int4", help="Width of the weights.")
 @click.option("--prompt", default="Once upon a time", help="What to continue.")
-@click.option("--seed", type=int, default=7, help="The same seed gives the same story.")
+@click.option("--seed", metavar="N", type=click.IntRange(0), default=7, help="The same seed gives the same story.")
 @force_option
 @quiet_option
 def demo(output: Path | None, quant: str, prompt: str, seed: int, force: bool, quiet: bool) -> None:
@@ -647,10 +651,11 @@ def _by_id(model: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ids(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.replace(",", " ").split()]
-    except ValueError as e:
-        raise InputError(f"with --ids the prompt is token ids, such as '1 2 3': {e}") from e
+    words = text.replace(",", " ").split()
+    for word in words:
+        if not word.isdecimal():
+            raise InputError(f"with --ids the prompt is token ids, such as '1 2 3': {word[:40]!r} is none")
+    return [int(word) for word in words]
 
 
 def _stdin() -> str:

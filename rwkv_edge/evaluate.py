@@ -29,7 +29,7 @@ _KEPT = 500_000_000  # weights: a smaller checkpoint stays in memory, a larger o
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error, pieces of 64 tokens being independent; None where there is one piece only."""
+    """A figure and its standard error: pieces of 64 tokens (documents, of last words) being independent; None with one."""
 
     value: float
     error: float | None

@@ -111,17 +111,23 @@ def written_line(written: Any, start: float) -> str:
     )
 
 
-def stats_line(model: Any, generation: Any, load_s: float) -> str:
+def stats_line(model: Any, generation: Any, load_s: float | None = None) -> str:
+    """What a generation took: tokens, speeds, loading if that was for its sake, memory."""
     from .bench import memory
 
     s = generation.stats
-    parts = [f"read {s.n_prompt} tokens at {s.n_prompt / s.prefill_s:.0f} tok/s"] if s.n_prompt else []
+    parts = [f"read {_tokens(s.n_prompt)} at {s.n_prompt / s.prefill_s:.0f} tok/s"] if s.n_prompt else []
     if s.n_generated > 1:
         tok_s = s.n_generated / s.decode_s
         parts.append(f"wrote {s.n_generated} at {tok_s:.0f} tok/s ({tok_s * model.bytes_per_token / 1e9:.1f} GB/s)")
-    parts.append(f"loaded in {load_s:.2f} s")
+    if load_s is not None:
+        parts.append(f"loaded in {load_s:.2f} s")
     peak, _ = memory()
     return ", ".join(parts + ([f"peak memory {size(peak)}"] if peak else []))
+
+
+def _tokens(n: int) -> str:
+    return f"{n} token" if n == 1 else f"{n} tokens"
 
 
 def figure(x: Any, digits: int, factor: float = 1, unit: str = "", *, signed: bool = False) -> tuple[str, str]:
@@ -147,6 +153,8 @@ def print_scores(found: Any) -> None:
     )
     table(head, [row + cost for row, cost in zip(rows, costs, strict=True)])
     click.echo(f"\nBeside {first}: cost, of perplexity; KL, nats a token; same top, the most likely token is the same one.")
+    if any(s.percent and abs(s.percent.value) < 2 * (s.percent.error or 0) for s in found.scores):
+        click.echo("A cost of less than twice its error is none that this text can show: a longer one tells more.")
 
 
 def print_words(words: Sequence[Any], n: int) -> None:
@@ -226,7 +234,7 @@ def print_token(model: Any, token: Any, ids: bool, logprobs: int | None) -> None
         return f"{i}" if model.tokenizer is None else f"{i} {json.dumps(model.tokenizer.decode([i]), ensure_ascii=False)}"
 
     rest = "".join(f"   {p:.3f} {name(i)}" for i, p in token.top)
-    click.echo(f"{token.logprob:8.3f} {name(token.id)}" + (f"  |{rest}" if rest else ""))
+    click.echo(f"{token.logprob:8.3f} {name(token.id):24}{'|' * bool(rest)}{rest}".rstrip())
 
 
 # --- a conversation ---
@@ -247,6 +255,7 @@ def converse(model: Any, talk: Any, load_s: float, quiet: bool) -> None:
         raise InputError("stdin is closed: a conversation needs it")
     if sys.stdin.isatty():
         say("Ctrl-D ends, /help tells more.", quiet)
+    spoken = False
     while True:
         try:
             text = _turn()
@@ -262,13 +271,14 @@ def converse(model: Any, talk: Any, load_s: float, quiet: bool) -> None:
             return
         try:
             if command.startswith("/"):
-                say(_chat_command(model, talk, command, rest.strip(), load_s))
+                say(_chat_command(model, talk, command, rest.strip()))
             elif text.strip():
                 _reply(talk.say(text))
-                say(stats_line(model, talk.generation, load_s) + "\n", quiet)
+                say(stats_line(model, talk.generation, None if spoken else load_s) + "\n", quiet)
+                spoken = True
         except KeyboardInterrupt:
-            spoken = talk.generation is not None and talk.generation.stats.n_generated
-            say("\n(interrupted: the conversation goes on from here)\n" if spoken else "\n(interrupted: not read)\n", quiet)
+            kept = talk.generation is not None and talk.generation.stats.n_generated
+            say("\n(interrupted: the conversation goes on from here)\n" if kept else "\n(interrupted: not read)\n", quiet)
         except RwkvEdgeError as e:  # a typing error must not end a conversation
             if not sys.stdin.isatty():
                 raise
@@ -304,13 +314,13 @@ def _reply(pieces: Any) -> None:
     click.echo()
 
 
-def _chat_command(model: Any, talk: Any, command: str, rest: str, load_s: float) -> str:
+def _chat_command(model: Any, talk: Any, command: str, rest: str) -> str:
     """Do what a line that begins with / asks for: what to say of it."""
     if command in ("/save", "/load"):
         if not rest:
             raise InputError(f"{command} needs a file's name")
         getattr(talk, command[1:])(rest)
-        return f"{rest}: {talk.state.n_tokens} tokens"
+        return f"{rest}: {_tokens(talk.state.n_tokens)}"
     if command == "/undo":
         return "the last turn is taken back" if talk.undo() else "there is no turn to take back"
     if command == "/reset":
@@ -318,8 +328,8 @@ def _chat_command(model: Any, talk: Any, command: str, rest: str, load_s: float)
         return "the conversation begins anew"
     if command == "/stats":
         n = talk.state.n_tokens if talk.state else 0
-        last = f"; last reply: {stats_line(model, talk.generation, load_s)}" if talk.generation else ""
-        return f"{n} tokens in a state of {size(model.spec.state_bytes)}{last}"
+        last = f"; last reply: {stats_line(model, talk.generation)}" if talk.generation else ""
+        return f"{_tokens(n)} in a state of {size(model.spec.state_bytes)}{last}"
     if command == "/help":
         return _CHAT_HELP
     raise InputError(f"{command} is unknown: /help lists what there is")

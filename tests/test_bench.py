@@ -15,7 +15,7 @@ def test_a_bundle_is_measured_in_a_process_of_its_own(bundle):
     path = bundle("demo", quant="int4")
     found = b.bench(path, threads=1, n_prefill=40, n_decode=8, repetitions=3)
     assert (found.name, found.n_threads, found.n_prefill, found.n_decode) == (path.name, 1, 40, 8)
-    assert found.nbytes == sum(f.stat().st_size for f in path.iterdir() if f.name != "manifest.json")
+    assert found.nbytes == sum(f.stat().st_size for f in path.iterdir())
     assert found.bits_per_weight == pytest.approx(5.94, abs=0.01)
     assert len(found.prefill.tok_s) == len(found.decode.tok_s) == 3
     weights = 8 * found.gb_s * 1e9 / found.decode.median
@@ -52,7 +52,7 @@ def test_disturbed_repetitions_are_made_again_and_counted(monkeypatch):
     assert len(speed.tok_s) == 3
     assert len(calls) == 3 + speed.disturbed
     assert speed.share >= 0.3
-    assert speed.median <= 200
+    assert speed.median < 250
     calls.clear()
     asleep = b._repeat(lambda: time.sleep(0.01), 10, 2, 1)
     assert asleep.disturbed == 2 * b.PATIENCE

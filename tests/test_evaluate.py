@@ -184,7 +184,10 @@ def test_one_bundle_alone_and_last_words(bundle, tmp_path):
     words = run(bundle("demo", quant="int4"), "--text", file, "--last-words")
     assert words.stdout.startswith("the last words of 2 documents\n\n")
     assert len(json.loads(run(bundle("demo", quant="int4"), "--text", file, "--last-words", "--json").stdout)) == 1
-    assert run(bundle("demo", quant="int4"), "--window", 64, "--last-words").exit_code == 2
+    for args in (["--window", 64, "--text", file], []):
+        wrong = run(bundle("demo", quant="int4"), "--last-words", *args)
+        assert wrong.exit_code == 2
+        assert "--last-words needs a --text of many short documents" in wrong.stderr
     assert (
         run(bundle("demo", quant="int4"), "--text", tmp_path / "none").stderr
         == f"Error: {tmp_path / 'none'} cannot be read: No such file or directory\n"

@@ -342,6 +342,15 @@ def test_bans_and_biases(demo):
         demo.generate(STORY, ban=[4096])
 
 
+def test_text_and_back(demo, model):
+    assert demo.decode(demo.encode(STORY)) == STORY
+    assert demo.decode([]) == ""
+    with pytest.raises(InputError, match="token 4096 is outside the vocabulary"):
+        demo.decode([4096])
+    with pytest.raises(InputError, match="has no tokenizer"):
+        model("odd", quant="int4").decode([1])
+
+
 def test_top_logprobs(demo):
     logits, _ = demo.feed(demo.encode(STORY))
     p = np.exp(logits.astype(np.float64) - logits.max())

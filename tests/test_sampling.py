@@ -12,6 +12,7 @@ from rwkv_edge.runtime.sampling import (
     Settings,
     adjust,
     candidates,
+    changed,
     log_normalizer,
     log_softmax,
     min_p,
@@ -154,6 +155,12 @@ def test_adjust():
     changed = adjust(logits, Sampling(ban=[2], bias={0: 1.5, 2: 5}), none)
     assert changed.tolist() == [1.5, 0, -np.inf, 0]
     assert logits.tolist() == [0, 0, 0, 0]
+
+
+def test_settings_that_there_are_not():
+    assert changed(Sampling(top_k=3), {"seed": 5}) == Sampling(top_k=3, seed=5)
+    with pytest.raises(TypeError, match="there is no setting 'foo': expected one of temperature, top_k, "):
+        changed(Sampling(), {"foo": 1})
 
 
 def test_settings_are_sampling_s_fields():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import FORMS, REFERENCE, apart
 
-from rwkv_edge import check, models
+from rwkv_edge import models, reference
 from rwkv_edge.models import rwkv7
 from rwkv_edge.reference import run_reference
 
@@ -104,7 +104,7 @@ MUTATIONS = [
 @pytest.mark.parametrize(("line", "mutant"), MUTATIONS, ids=[f"{i}: {m[1]}" for i, m in enumerate(MUTATIONS)])
 def test_no_part_of_the_maths_can_change_unseen(line, mutant, weights, golden, monkeypatch):
     mutated = mutate(line, mutant)
-    monkeypatch.setattr(check, "model_of", lambda version: mutated)
+    monkeypatch.setattr(reference, "model_of", lambda version: mutated)
     spec, W = weights("odd")
     g = golden("odd")
     # begin inside the text: a wrong use of the state must show
@@ -148,7 +148,7 @@ def test_no_part_of_a_form_can_change_unseen(form, line, mutant, weights, monkey
     ids = factory.tokens(30, spec.n_vocab)
     _, before = run_reference(spec, W, ids, dtype=np.float64)
     expected, after = run_reference(spec, W, ids, before, dtype=np.float64)
-    monkeypatch.setattr(check, "model_of", lambda version: mutated)
+    monkeypatch.setattr(reference, "model_of", lambda version: mutated)
     logits, state = run_reference(spec, W, ids, before, wkv_form=form, dtype=np.float64)
     assert max(apart(logits, expected), *(apart(x, after[n]) for n, x in state.items())) > 1000 * FORMS
 

@@ -18,9 +18,11 @@ N_UNDO = 4  # turns that can be taken back: a state each
 class Chat:
     """A conversation with a model whose bundle has a chat template.
 
+    It has:
     state       what the model remembers of it; None before the first word
     generation  of the last reply: its stats, and why it ended; None before the first
 
+    It takes:
     model     open
     system    what the model is told at the start
     think     how it answers: "none" at once, "think" after thinking aloud, "fast" after an empty thought; what the bundle has

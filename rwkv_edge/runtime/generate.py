@@ -36,7 +36,13 @@ class Token:
 
 @dataclass
 class Stats:
-    """How long a generation took: seconds."""
+    """What a generation took.
+
+    n_prompt     tokens of the prompt, 0 until they are read
+    n_generated  tokens given
+    prefill_s    seconds to read the prompt
+    decode_s     seconds to generate, choosing tokens included
+    """
 
     n_prompt: int = 0
     n_generated: int = 0

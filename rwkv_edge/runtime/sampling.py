@@ -6,8 +6,8 @@ probabilities that follow, typical_p at what these leave; the temperature comes 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypedDict
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ _BLOCK = 128  # tokens of a block whose best one counts when the most likely are
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen.  A bundle has its own: Model.sampling.
 
     temperature        0 takes the most likely token; above, log-probabilities are divided by it
     top_k              keep so many of the most likely tokens; 0 keeps all
@@ -30,8 +30,8 @@ class Sampling:
     min_p              keep tokens at least so likely, as a share of the most likely one
     typical_p          keep the tokens whose surprise is nearest to the expected one, up to this sum
     presence_penalty   taken from the logit of every token that was generated before
-    frequency_penalty  times its count, taken as well
-    penalty_decay      what a count is multiplied with at every further token
+    frequency_penalty  taken from it once more for every time that it was
+    penalty_decay      what is left of such a time at every further token
     ban                ids of tokens that are never chosen
     bias               id -> what is added to its logit
     seed               the same seed gives the same tokens; None a different one each time
@@ -70,6 +70,17 @@ class Sampling:
     def penalizes(self) -> bool:
         """Whether what was said changes what is said next."""
         return bool(self.presence_penalty or self.frequency_penalty)
+
+
+def changed(sampling: Sampling, settings: Mapping[str, Any]) -> Sampling:
+    """Give a Sampling with some settings changed.
+
+    Raises  TypeError, as a function would for an argument that it does not have; InputError for one out of range.
+    """
+    unknown = settings.keys() - Settings.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"there is no setting {min(unknown)!r}: expected one of {', '.join(Settings.__annotations__)}")
+    return replace(sampling, **settings)
 
 
 class Settings(TypedDict, total=False):

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from ..bundle import Bundle, read_bundle
 from ..errors import BackendError, BundleError, InputError, StateError
 from ..tokenizer import Tokenizer
-from .sampling import Sampling, Settings
+from .sampling import Sampling, Settings, changed
 from .state import State, load_state
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ class Model:
             state,
             max_tokens=max_tokens,
             stop=stop,
-            sampling=replace(sampling or self.sampling, **settings),
+            sampling=changed(sampling or self.sampling, settings),
             logits=logits,
             n_top=top_logprobs,
         )
@@ -140,6 +139,15 @@ class Model:
         """Bytes of weights that one step reads: all but the embedding, of which it reads a row."""
         tensors = self.bundle.tensors
         return sum(t.data.nbytes + (t.scales.nbytes if t.scales else 0) for n, t in tensors.items() if n != "emb.weight")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Give the text of token ids; bytes that are no UTF-8 become U+FFFD.
+
+        Raises  InputError if the bundle has no tokenizer, or an id is out of range.
+        """
+        if self.tokenizer is None:
+            raise InputError(f"{self.bundle.path} has no tokenizer: export with --tokenizer")
+        return self.tokenizer.decode(self.check_tokens(tokens).tolist()) if len(tokens) else ""
 
     def load_state(self, path: str | Path) -> State:
         """Read a state file of this model.

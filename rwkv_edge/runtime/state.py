@@ -39,7 +39,7 @@ class State:
             x.setflags(write=False)
 
     def __repr__(self) -> str:
-        return f"State(model {self.model_id[:12]}, {self.n_tokens} tokens read)"
+        return f"State(model {self.model_id[:12]}, n_tokens={self.n_tokens})"
 
     def save(self, path: str | Path, *, half: bool = False) -> None:
         """Write a safetensors file, replacing a state file of that name and nothing else; in float16 with `half`.
