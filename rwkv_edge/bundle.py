@@ -127,7 +127,7 @@ _MANIFEST: Any = {
         }
     },
     "files": {...: {"bytes": _PLACE, "sha256": _SHA}},
-    "tokenizer": (None, {"kind": {"json"}, "file": str, "end_of_text": (None, _PLACE)}),
+    "tokenizer": (None, {"kind": {"json", "world"}, "file": str, "end_of_text": (None, _PLACE)}),
     "prompt": (
         None,
         {

@@ -220,12 +220,15 @@ def quantize(
     help="How the recurrence is computed: by onnxruntime's own operator, the fastest; by plain operations; "
     "or by plain operations that take one token a call.",
 )
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="A tokenizer.json.  [default: the one beside CHECKPOINT]")
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="A tokenizer.json, or a World vocabulary.  [default: the tokenizer.json beside CHECKPOINT, or World by size]",
+)
 @click.option(
     "--template",
     type=click.Choice(["none", "rwkv"]),
-    default="none",
-    help="How the model was taught to chat: User: and Assistant:, or not.",
+    help="How the model was taught to chat: User: and Assistant:, or not.  [default: rwkv with the World vocabulary]",
 )
 @force_option
 @quiet_option
@@ -237,7 +240,7 @@ def export(
     overrides: tuple[str, ...],
     wkv: str,
     tokenizer: Path | None,
-    template: str,
+    template: str | None,
     force: bool,
     quiet: bool,
 ) -> None:

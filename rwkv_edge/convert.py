@@ -25,7 +25,7 @@ from .qtensor import Plan, QTensor, Recipe
 from .quantize import plan as make_plan
 from .quantize import rtn
 from .spec import Shape
-from .tokenizer import Tokenizer
+from .tokenizer import WORLD, WORLD_SIZE, World, open_tokenizer
 
 Progress = Callable[[int, int], None]
 WEIGHTS = "weights.bin"
@@ -135,7 +135,7 @@ def export(
     overrides: Sequence[str] = (),
     wkv: str = "attention",
     tokenizer: str | Path | None = None,
-    template: str = "none",
+    template: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Written:
@@ -143,8 +143,9 @@ def export(
 
     quant, block, overrides  see rwkv_edge.quantize.plan; None is int4, or what a quantized checkpoint brings
     wkv        "attention" (onnxruntime's operator, the fastest), "plain" (plain operations), "step" (one token a call)
-    tokenizer  a tokenizer.json; without it, the one beside the checkpoint; if there is none, the bundle has none
-    template   how the model was taught to chat: "rwkv" (User: and Assistant:, as the World and G1 models), or "none"
+    tokenizer  a tokenizer.json, or a World vocabulary (.txt); without it, the tokenizer.json beside the checkpoint; without
+               that, the World vocabulary for a model of its size, or else none
+    template   how the model was taught to chat: "rwkv" (User: and Assistant:), or "none"; without it, rwkv with World
     progress   called with weights done and weights in all
 
     The same weights and options give the same bytes, whatever container the weights came in.
@@ -155,7 +156,7 @@ def export(
     source = open_checkpoint(checkpoint)
     if wkv not in onnx.WKV_FORMS:
         raise ExportError(f"wkv {wkv!r} is unknown: expected one of {', '.join(onnx.WKV_FORMS)}")
-    if template not in TEMPLATES:
+    if template is not None and template not in TEMPLATES:
         raise ExportError(f"template {template!r} is unknown: expected one of {', '.join(TEMPLATES)}")
     spec, plan = source.spec, _plan(source, quant, block, overrides)
     verify(source)
@@ -194,7 +195,7 @@ def export(
                 file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())
             },
             "tokenizer": tokenizer_about or None,
-            "prompt": TEMPLATES[template],
+            "prompt": TEMPLATES[template or ("rwkv" if tokenizer_about.get("kind") == World.kind else "none")],
             "sampling": _sampling(),
             "made_by": {"tool": "rwkv-edge", "version": __version__},
         }
@@ -225,15 +226,18 @@ def _tokenizer(source: Checkpoint, given: str | Path | None) -> tuple[Path | Non
     if given and not file.is_file():
         raise InputError(f"the tokenizer {file} does not exist")
     if not file.is_file():
-        return None, {}
-    tokenizer = Tokenizer(file)
+        if source.spec.n_vocab != WORLD_SIZE:
+            return None, {}
+        file = WORLD
+    tokenizer = open_tokenizer(file)
     # a table padded to a multiple of 128 or so is common, less than that is another model's
     if not tokenizer.n_vocab <= source.spec.n_vocab < tokenizer.n_vocab + 1024:
         raise InputError(
             f"{file} has {tokenizer.n_vocab} tokens, but the model has {source.spec.n_vocab}: it belongs to another "
             "model; give the right one with --tokenizer"
         )
-    return file, {"kind": tokenizer.kind, "file": "tokenizer.json", "end_of_text": tokenizer.end_of_text}
+    name = "rwkv_vocab.txt" if tokenizer.kind == World.kind else "tokenizer.json"
+    return file, {"kind": tokenizer.kind, "file": name, "end_of_text": tokenizer.end_of_text}
 
 
 # --- streaming the tensors ---

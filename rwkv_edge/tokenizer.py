@@ -1,5 +1,7 @@
-"""Text to token ids and back."""
+"""Text to token ids and back: a `tokenizer.json`, or RWKV's own World vocabulary."""
 
+import ast
+import codecs
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +12,11 @@ from .errors import InputError
 # what checkpoints with a tokenizer.json call the end of a text
 _END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>")
 
+WORLD = Path(__file__).parent / "world" / "rwkv_vocab_v20230424.txt"
+WORLD_SIZE = 65536  # rows of the embedding; the ids from 65530 on mean nothing
 
-class Tokenizer:
+
+class Json:
     """A `tokenizer.json` of the tokenizers library.
 
     n_vocab      ids run from 0 to n_vocab - 1
@@ -45,21 +50,21 @@ class Tokenizer:
         text: str = self._t.decode(ids, skip_special_tokens=False)
         return text
 
-    def stream(self, after: Sequence[int] = ()) -> "TextStream":
+    def stream(self, after: Sequence[int] = ()) -> "JsonStream":
         """Decode token by token what comes after these ids."""
-        return TextStream(self, after)
+        return JsonStream(self, after)
 
 
 _WINDOW = 8  # ids that can still change how the next one reads: a character has at most four
 
 
-class TextStream:
+class JsonStream:
     """Turn ids into text as they come, never splitting a character.
 
     Some tokenizers join neighbours, so an id is decoded together with a few before it; only those are kept.
     """
 
-    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Json, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids = list(after[-_WINDOW:])
         self._shown = len(self._whole(self._ids))
@@ -84,3 +89,106 @@ class TextStream:
     def _whole(self, ids: list[int]) -> str:
         """The text of ids, less a last character that more bytes could finish."""
         return self._tokenizer.decode(ids).removesuffix("\ufffd")
+
+
+class World:
+    """RWKV's World vocabulary: at every place the longest token that fits, over bytes.
+
+    n_vocab, end_of_text  as of Json; id 0 ends a text
+
+    Source  BlinkDL/ChatRWKV, tokenizer/rwkv_vocab_v20230424.txt: lines of `id repr length`, of text or of bytes
+    """
+
+    kind = "world"
+    end_of_text = 0
+
+    def __init__(self, path: Path) -> None:
+        try:
+            lines = path.read_text("utf-8").splitlines()
+            ids = [int(line[: line.index(" ")]) for line in lines]
+            # one literal of all of them: twenty times as fast as one by one
+            values = ast.literal_eval(f"[{','.join(line[line.index(' ') : line.rindex(' ')] for line in lines)}]")
+            tokens = [x.encode() if isinstance(x, str) else bytes(x) for x in values]
+            lengths = [int(line[line.rindex(" ") :]) for line in lines]
+        except (OSError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as e:
+            raise InputError(f"{path} is no World vocabulary: {e}") from e
+        self._ids = dict(zip(tokens, ids, strict=True))
+        self._tokens = dict(zip(ids, tokens, strict=True))
+        sound = [len(x) for x in tokens] == lengths and all(bytes([b]) in self._ids for b in range(256))
+        if not sound or min(ids) < 1 or len(self._tokens) != len(ids):
+            raise InputError(f"{path} is no World vocabulary: its lengths or ids are wrong, or a byte is missing")
+        self.n_vocab: int = 1 + max(ids)
+        # by their first four bytes: the lengths of longer tokens, the longest first
+        longer: dict[bytes, set[int]] = {}
+        for token in tokens:
+            if len(token) > 4:
+                longer.setdefault(token[:4], set()).add(len(token))
+        self._longer = {head: tuple(sorted(sizes, reverse=True)) for head, sizes in longer.items()}
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """Give the ids of a text, or of bytes.
+
+        Raises  InputError if it is not Unicode text.
+        """
+        try:
+            data = text.encode() if isinstance(text, str) else text
+        except UnicodeEncodeError as e:
+            raise InputError(f"the tokenizer cannot encode this text: {e}") from e
+        get, longer, none = self._ids.get, self._longer.get, ()
+        found: list[int] = []
+        at, end = 0, len(data)
+        while at < end:  # at the end of the data slices are shorter, and then all that is left
+            head = data[at : at + 4]
+            for n in longer(head, none):
+                token = get(data[at : at + n])
+                if token is not None:
+                    break
+            else:
+                n = 4
+                token = get(head)
+                while token is None:
+                    n -= 1
+                    token = get(head[:n])
+            found.append(token)
+            at += n
+        return found
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Give the bytes of ids: what was encoded, byte for byte. Ids without a token have none."""
+        return b"".join(self._tokens.get(i, b"") for i in ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """Give the text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def stream(self, after: Sequence[int] = ()) -> "WorldStream":
+        """Decode token by token what comes after these ids."""
+        return WorldStream(self, after)
+
+
+class WorldStream:
+    """Turn ids into text as they come, never splitting a character."""
+
+    def __init__(self, tokenizer: World, after: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.decode(tokenizer.decode_bytes(after[-4:]))
+
+    def push(self, token: int) -> str:
+        """As JsonStream."""
+        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+
+    def finish(self) -> str:
+        """As JsonStream."""
+        return self._decoder.decode(b"", final=True)
+
+
+Tokenizer = Json | World
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Open a tokenizer.json, or a World vocabulary (.txt).
+
+    Raises  InputError if it is neither.
+    """
+    return World(path) if path.suffix == ".txt" else Json(path)

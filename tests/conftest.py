@@ -45,7 +45,11 @@ def random_pth(workspace):
 
     def get(name, dtype="fp32"):
         path = workspace / f"{name}-{dtype}.pth"
-        return path if path.exists() else factory.write_pth(path, factory.weights(**factory.SHAPES[name]), dtype)
+        return (
+            path
+            if path.exists()
+            else factory.write_pth(path, factory.weights(**{**factory.SHAPES, "world": factory.WORLD}[name]), dtype)
+        )
 
     return get
 

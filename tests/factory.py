@@ -16,6 +16,7 @@ SHAPES = {
     "plain": dict(n_layer=3, n_head=2, head_size=64, n_ffn=512, n_vocab=96, ranks=(32, 32, 16, 48), layer0_v=False),
     "one-head": dict(n_layer=2, n_head=1, head_size=64, n_ffn=256, n_vocab=40, ranks=(8, 6, 2, 12), layer0_v=True),
 }
+WORLD = dict(n_layer=1, n_head=1, head_size=16, n_ffn=32, n_vocab=65536, ranks=(2, 2, 2, 2), layer0_v=False)
 
 
 def uniform(name, shape, low=-1.0, high=1.0):

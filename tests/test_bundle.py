@@ -12,17 +12,19 @@ from pathlib import Path
 
 import factory
 import jsonschema
+import numpy as np
 import onnx
 import pytest
 from conftest import DEMO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_edge import export, open_bundle
+from rwkv_edge import Chat, export, open_bundle
 from rwkv_edge.bundle import read_bundle
 from rwkv_edge.check import check as check_bundle
-from rwkv_edge.convert import quantize
+from rwkv_edge.convert import TEMPLATES, quantize
 from rwkv_edge.errors import BundleError, CheckFailed, CheckpointError, InputError, OutputError, QuantizeError, RwkvEdgeError
+from rwkv_edge.tokenizer import WORLD
 
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "bundle.schema.json").read_text())
 
@@ -292,6 +294,25 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, random_pth):
     with pytest.raises(InputError, match="does not exist"):
         export(random_pth("odd"), tmp_path / "out", tokenizer=tmp_path / "tokenizer.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_world_s_size_gets_its_tokenizer_and_its_roles(bundle, model, tmp_path, random_pth):
+    """Without a word, as the official checkpoints come; and nothing is chosen that is no token."""
+    path = bundle("world", quant="int4")
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["tokenizer"] == {"kind": "world", "file": "rwkv_vocab.txt", "end_of_text": 0}
+    assert (path / "rwkv_vocab.txt").read_bytes() == WORLD.read_bytes()
+    assert manifest["prompt"] == TEMPLATES["rwkv"]
+    m = model("world", quant="int4")
+    assert m.decode(m.encode("Hello, 世界!")) == "Hello, 世界!"
+    only = {"logits": lambda logits, ids: np.where(np.arange(65536) >= 65529, logits, -np.inf)}
+    assert {t.id for t in m.generate("Hi", max_tokens=5, **only)} == {65529}
+    unused = dict.fromkeys(range(65530, 65536), 10000)
+    assert max(t.id for t in m.generate("Hi", max_tokens=20, temperature=2, top_p=1, seed=1, bias=unused)) < 65530
+    assert isinstance("".join(Chat(m, max_tokens=3, seed=1).say("Hi")), str)
+    export(random_pth("world"), tmp_path / "given", tokenizer=WORLD, template="none", quant="int4")
+    manifest = json.loads((tmp_path / "given" / "manifest.json").read_text())
+    assert (manifest["tokenizer"]["kind"], manifest["prompt"]) == ("world", None)
 
 
 def test_a_quantized_checkpoint_gives_the_same_bundle(tmp_path, bundle):

@@ -126,3 +126,38 @@ def test_top_p_top_k_and_temperature_are_the_rwkv_package_s(settings):
     p = np.zeros(1000)
     p[kept] = np.exp(log_p / temperature)
     np.testing.assert_allclose(p / p.sum(), drawn[0], rtol=1e-4, atol=1e-9)
+
+
+def test_world_is_the_rwkv_package_s():
+    """10 MB of scripts, emoji, code, numbers, broken UTF-8 and line ends, token for token."""
+    import rwkv.rwkv_tokenizer as theirs
+    from rwkv import __file__ as package
+
+    from rwkv_edge.tokenizer import WORLD, World
+
+    vocabulary = Path(package).with_name("rwkv_vocab_v20230424.txt")
+    assert WORLD.read_bytes() == vocabulary.read_bytes()
+    ours, reference = World(WORLD), theirs.TRIE_TOKENIZER(str(vocabulary))
+    rng = np.random.default_rng(0)
+    tokens = list(ours._ids)
+    sources = [
+        lambda: " ".join(WORDS[i] for i in rng.integers(0, len(WORDS), 40)).encode(),
+        lambda: "".join(map(chr, rng.integers(0x20, 0x2FFF, 60))).encode(),
+        lambda: "".join(map(chr, rng.integers(0x4E00, 0x9FFF, 40))).encode(),
+        lambda: "".join(map(chr, rng.integers(0x1F300, 0x1FAFF, 20))).encode(),
+        lambda: b"".join(tokens[i] for i in rng.integers(0, len(tokens), 30)),
+        lambda: rng.bytes(60),
+        lambda: [b"\r\n", b"\n\n", b" " * int(rng.integers(1, 150)), b"\t\t"][int(rng.integers(0, 4))],
+        lambda: str(rng.integers(0, 10**12)).encode(),
+    ]
+    parts, size = [], 0
+    while size < 10_000_000:
+        parts.append(sources[int(rng.integers(0, len(sources)))]())
+        size += len(parts[-1])
+    data = b"".join(parts)
+    ids = ours.encode(data)
+    assert ids == reference.encodeBytes(data)
+    assert ours.decode_bytes(ids) == reference.decodeBytes(ids) == data
+
+
+WORDS = DEMO.with_name("stories.txt").read_text().split()

@@ -128,7 +128,11 @@ class Generation:
 
     def _changed(self, logits: Array) -> Array:
         """Logits after bans, penalties, biases, and the callback."""
+        tokenizer = self._model.tokenizer
         changed = adjust(logits, self._sampling, self._said)
+        if tokenizer and tokenizer.n_vocab < len(logits):  # rows that only fill the table
+            changed = changed.copy() if changed is logits else changed
+            changed[tokenizer.n_vocab :] = -np.inf
         if self._callback:
             changed = np.asarray(self._callback(changed.copy(), tuple(self._given)), np.float32)
             if changed.shape != logits.shape:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..bundle import Bundle, read_bundle
 from ..errors import BackendError, BundleError, InputError, StateError
-from ..tokenizer import Tokenizer
+from ..tokenizer import open_tokenizer
 from .sampling import Sampling, Settings, changed
 from .state import State, load_state
 
@@ -49,7 +49,7 @@ class Model:
         self.bundle = bundle
         self.spec = bundle.spec
         about = bundle.manifest["tokenizer"]
-        self.tokenizer = Tokenizer(bundle.path / about["file"]) if about else None
+        self.tokenizer = open_tokenizer(bundle.path / about["file"]) if about else None
         self.end_of_text: int | None = about["end_of_text"] if about else None
         try:
             self.sampling = Sampling(**bundle.manifest["sampling"])
