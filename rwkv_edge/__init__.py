@@ -17,7 +17,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .convert import export as export
+    from .errors import BackendError as BackendError
+    from .errors import BundleError as BundleError
+    from .errors import CheckFailed as CheckFailed
+    from .errors import CheckpointError as CheckpointError
+    from .errors import ExportError as ExportError
+    from .errors import InputError as InputError
+    from .errors import OutputError as OutputError
+    from .errors import QuantizeError as QuantizeError
     from .errors import RwkvEdgeError as RwkvEdgeError
+    from .errors import StateError as StateError
     from .runtime import Chat as Chat
     from .runtime import Generation as Generation
     from .runtime import Model as Model
@@ -29,6 +38,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "export": ".convert",
     "RwkvEdgeError": ".errors",
+    "BackendError": ".errors",
+    "BundleError": ".errors",
+    "CheckFailed": ".errors",
+    "CheckpointError": ".errors",
+    "ExportError": ".errors",
+    "InputError": ".errors",
+    "OutputError": ".errors",
+    "QuantizeError": ".errors",
+    "StateError": ".errors",
     "Chat": ".runtime",
     "Generation": ".runtime",
     "Model": ".runtime",

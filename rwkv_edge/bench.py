@@ -82,7 +82,7 @@ def bench(
             raise InputError(f"{name} {n} is not possible: expected 1 or more")
     read_bundle(bundle)  # its errors are told here; and its files are in the system's cache now
     settings = json.dumps([str(bundle), threads, n_prefill, n_decode, repetitions])
-    done = subprocess.run([sys.executable, "-m", "rwkv_edge.bench", settings], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-m", "rwkv_edge.bench", settings], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise BackendError(f"measuring {bundle} failed with exit code {done.returncode}: {last}")
@@ -142,7 +142,7 @@ def _measure(path: str, threads: int | None, n_prefill: int, n_decode: int, repe
     anonymous.append(last)
     weights = sum(t.data.nbytes + (t.scales.nbytes if t.scales else 0) for t in model.bundle.tensors.values())
     return Bench(
-        name=Path(path).name,
+        name=Path(path).resolve().name,
         nbytes=sum(file.stat().st_size for file in Path(path).iterdir()),
         bits_per_weight=8 * weights / model.spec.n_parameters,
         n_threads=n_threads,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     if manifest["format"] > FORMAT:
         raise BundleError(f"{path} is of format {manifest['format']} and this release reads format {FORMAT}: update rwkv-edge")
     try:
+        json.dumps(manifest, ensure_ascii=False).encode()  # a text of half a character would fail later, and elsewhere
         _conform(manifest, _MANIFEST, "manifest")
         bundle = _parse(path, manifest)
     except (ValueError, OverflowError, CheckpointError) as e:
@@ -87,12 +89,32 @@ _SIZE = range(1, 1 << 40)
 _PLACE = range(1 << 60)
 _VALUE = {"name": str, "dtype": {"int64", "float32"}, "shape": [object]}
 
-_SAMPLING = {"top_k": _PLACE} | dict.fromkeys(
-    ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "penalty_decay"), float
-)
 
-# What a manifest looks like. A type: a value of it. A range or a set: one of its members. A pattern: text that it matches.
-# [x]: a list of x. {...: x}: any names. A dictionary: these keys, and no others. A tuple: one of these.
+@dataclass(frozen=True)
+class _Real:
+    """A number from low to high."""
+
+    low: float
+    high: float
+
+
+_SHARE, _LOGIT = _Real(math.ulp(0), 1), _Real(-1e4, 1e4)
+_SAMPLING = {
+    "temperature": _Real(0, sys.float_info.max),
+    "top_k": _PLACE,
+    "top_p": _SHARE,
+    "min_p": _Real(0, 1),
+    "typical_p": _SHARE,
+    "presence_penalty": _LOGIT,
+    "frequency_penalty": _LOGIT,
+    "penalty_decay": _Real(0, 1),
+}
+_ONE_GAP = re.compile(r"(?:(?!\{\}).)*\{\}(?:(?!\{\}).)*", re.S)
+_SOME = re.compile(".+", re.S)
+
+# What a manifest looks like. A type: a value of it. A range or a set: one of its members. A _Real: a number in its bounds.
+# A pattern: text that it matches. [x]: a list of x. {...: x}: any names. A dictionary: these keys, and no others. A tuple:
+# one of these.
 _MANIFEST: Any = {
     "format": range(1, FORMAT + 1),
     "model_id": _SHA,
@@ -131,11 +153,11 @@ _MANIFEST: Any = {
     "prompt": (
         None,
         {
-            "system": str,
-            "user": str,
+            "system": _ONE_GAP,
+            "user": _ONE_GAP,
             "assistant": str,
             "turn_end": str,
-            "stop": [str],
+            "stop": [_SOME],
             "think": {...: {"opening": str, "sampling": (None, _SAMPLING)}},
         },
     ),
@@ -153,7 +175,11 @@ def _conform(x: Any, form: Any, where: str) -> None:
         case dict() if ... in form and isinstance(x, dict):
             for key, value in x.items():
                 _conform(value, form[...], f"{where}.{key}")
-        case dict() if isinstance(x, dict) and x.keys() == form.keys():
+        case dict() if ... not in form and isinstance(x, dict):
+            for key in form.keys() ^ x.keys():
+                raise ValueError(
+                    f"{where} has no {key!r}" if key in form else f"{where} has {str(key)[:40]!r}, which is unknown"
+                )
             for key, value in x.items():
                 _conform(value, form[key], f"{where}.{key}")
         case [inner] if isinstance(form, list) and isinstance(x, list):
@@ -165,6 +191,8 @@ def _conform(x: Any, form: Any, where: str) -> None:
                 with contextlib.suppress(ValueError):
                     return _conform(x, one, where)
             _conform(x, last, where)
+        case _Real() if isinstance(x, (int, float)) and not isinstance(x, bool) and form.low <= x <= form.high:
+            pass
         case re.Pattern() if isinstance(x, str) and form.fullmatch(x):
             pass
         case range() if type(x) is int and x in form:
@@ -240,6 +268,11 @@ def _validate(bundle: Bundle) -> None:
         raise BundleError(f"{where} is damaged: its state is not the same in every layer")
     if any(t.shape not in ((spec.n_embd,), (spec.n_head, *2 * [spec.head_size])) for t in spec.state):
         raise BundleError(f"{where} is damaged: its state does not fit n_embd={spec.n_embd}")
+    about, prompt = manifest["tokenizer"], manifest["prompt"]
+    if about and about["end_of_text"] is not None and about["end_of_text"] >= spec.n_vocab:
+        raise BundleError(f"{where} is damaged: its end of text, {about['end_of_text']}, is no token of {spec.n_vocab}")
+    if prompt and "none" not in prompt["think"]:
+        raise BundleError(f"{where} is damaged: its chat template has no way of thinking called 'none'")
     sizes = {f"state.{n}": math.prod(t.shape) for n, t in spec.state_tensors.items()}
     for graph in manifest["graphs"]:
         states = graph["inputs"][2:]

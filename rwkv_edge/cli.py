@@ -22,6 +22,7 @@ from .errors import InputError, OutputError, RwkvEdgeError
 from .terminal import (
     Failure,
     converse,
+    is_terminal,
     print_bench,
     print_inspection,
     print_json,
@@ -29,10 +30,12 @@ from .terminal import (
     print_scores,
     print_token,
     print_words,
+    printable,
     progress_bar,
     record,
     say,
     stats_line,
+    text_of,
     written_line,
 )
 
@@ -123,12 +126,10 @@ def sampling_options(command: Any) -> Any:
         setting("--top-k", metavar="N", type=whole, help="Keep the N most likely tokens; 0 keeps all."),
         setting("--top-p", metavar="P", type=share, help="Keep the most likely tokens, up to a probability of P."),
         setting("--min-p", metavar="P", type=part, help="Keep tokens at least P times as likely as the likeliest."),
-        setting(
-            "--typical-p", metavar="P", type=share, help="Keep tokens of the most expected surprise, up to a probability of P."
-        ),
-        setting("--presence-penalty", metavar="X", type=number, help="Taken from the logit of what was said before."),
-        setting("--frequency-penalty", metavar="X", type=number, help="Taken again, for every time it was said."),
-        setting("--penalty-decay", metavar="X", type=part, help="How much of a time is left, a token later."),
+        setting("--typical-p", metavar="P", type=share, help="Keep the tokens whose surprise is nearest to the expected one."),
+        setting("--presence-penalty", metavar="X", type=number, help="Subtracted from the logits of generated tokens."),
+        setting("--frequency-penalty", metavar="X", type=number, help="Subtracted again for every time they were generated."),
+        setting("--penalty-decay", metavar="X", type=part, help="Factor on these times with every further token."),
         click.option("--ban", multiple=True, metavar="TOKEN", help="Never choose it: an id, or its text. May be given again."),
         click.option("--bias", multiple=True, metavar="TOKEN=X", help="Add X to its logit. May be given again."),
         click.option(
@@ -311,10 +312,15 @@ def check(bundle: Path, against: Path | None, n_tokens: int, threads: int | None
 @max_tokens_option
 @sampling_options
 @click.option("--stop", multiple=True, help="End before this text. May be given again.")
-@click.option("--logprobs", type=click.IntRange(0), metavar="N", help="A line a token: its logprob, and the N most likely.")
+@click.option(
+    "--logprobs",
+    type=click.IntRange(0),
+    metavar="N",
+    help="A line a token: its logprob by the model, and the N likeliest.",
+)
 @click.option("--ids", is_flag=True, help="Prompts are token ids, and token ids are printed: for bundles without a tokenizer.")
 @load_state_option
-@click.option("--save-state", type=click.Path(path_type=Path), help="Write the state at the end to a file.")
+@click.option("--save-state", type=click.Path(path_type=Path), help="Write, or replace, a state file at the end.")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for every prompt.")
 @quiet_option
@@ -357,29 +363,39 @@ def run(
     model, load_s = _open(bundle, threads)
     state = model.load_state(load_state) if load_state else None
     settings = _by_id(model, settings)
-    echoes = sys.stdout.isatty() and not quiet and not ids and not as_json and logprobs is None
-    for text in texts:
-        prompt = _ids(text) if ids else text
-        generation = model.generate(prompt, state, max_tokens=max_tokens, stop=stop, top_logprobs=logprobs or 0, **settings)
-        if len(text) < 1000 and echoes:
-            say(text, nl=False)
-        elif len(text) < 1000 and len(texts) > 1 and not (as_json or ids or logprobs is not None):
-            click.echo(text, nl=False)  # or nobody could tell which is whose
+    reads = [model.check_tokens(_ids(text) if ids else model.encode(text)).tolist() for text in texts]  # errors come first
+    speaks = not (as_json or ids or logprobs is not None)
+    for n, (text, tokens) in enumerate(zip(texts, reads, strict=True)):
+        generation = model.generate(tokens, state, max_tokens=max_tokens, stop=stop, top_logprobs=logprobs or 0, **settings)
+        if speaks and len(text) < 1000:
+            if is_terminal(sys.stdout) and not quiet:
+                say(printable(text), nl=False)
+            elif len(texts) > 1:
+                click.echo(text, nl=False)  # or nobody could tell which is whose
+        ended, tokens_given = False, []
         try:
             if as_json:
-                click.echo(json.dumps(record(prompt, list(generation), generation), ensure_ascii=False))
+                tokens_given.extend(generation)
+                click.echo(json.dumps(record(tokens if ids else text, tokens_given, generation)))
             else:
                 for token in generation:
                     print_token(model, token, ids, logprobs)
-                if max_tokens and logprobs is None:
+                if (max_tokens or len(texts) > 1) and logprobs is None:
                     click.echo()
+            ended = True
         except KeyboardInterrupt:
-            click.echo()
+            generation.cut()
+            if as_json and tokens_given:
+                click.echo(json.dumps(record(tokens if ids else text, tokens_given, generation)))
+            elif speaks:
+                click.echo()
             raise
-        finally:  # an interrupt keeps what was read
-            if save_state:
+        finally:
+            if save_state and (ended or generation.stats.n_prompt):  # an interrupt keeps what was said
                 generation.state.save(save_state)
-            say(stats_line(model, generation, load_s if text is texts[0] else None), quiet)
+            elif save_state:
+                say(f"{save_state} is not written: the prompt was not read to its end", quiet)
+            say(stats_line(model, generation, None if n else load_s), quiet)
 
 
 @cli.command()
@@ -417,12 +433,13 @@ def chat(
     """
     from .runtime import Chat
 
+    if system and load_state:
+        raise click.UsageError("--system begins a conversation, and --load-state goes on with one: leave one of them out.")
     model, load_s = _open(bundle, threads)
     if model.bundle.model_id == DEMO_MODEL and not model.bundle.manifest["prompt"]:
         raise InputError(f'{bundle} is the demo model, which can only tell stories: rwkv-edge run {bundle} "Once upon a time"')
-    talk = Chat(model, system=system, think=think, max_tokens=max_tokens, **_by_id(model, settings))
-    if load_state:
-        talk.load(load_state)
+    state = model.load_state(load_state) if load_state else None
+    talk = Chat(model, system=system, think=think, state=state, max_tokens=max_tokens, **_by_id(model, settings))
     converse(model, talk, load_s, quiet)
 
 
@@ -517,14 +534,17 @@ def bench(
     rwkv-edge bench model-int4 --threads 1 --threads 4 --json
     """
     from .bench import bench as measure
+    from .bundle import read_bundle
 
+    for path in bundles:
+        read_bundle(path, verify=False)  # what is wrong is told before the first minute
     found = []
     for path in bundles:
         for n in threads or (None,):
-            if sys.stderr.isatty():
+            if is_terminal(sys.stderr):
                 say(f"\r\033[Kmeasuring {path.name} ...", quiet, nl=False)
             found.append(measure(path, threads=n, n_prefill=prefill, n_decode=decode, repetitions=repetitions))
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         say("\r\033[K", quiet, nl=False)
     if as_json:
         print_json(found)
@@ -550,19 +570,20 @@ def demo(output: Path | None, quant: str, prompt: str, seed: int, force: bool, q
 
         def step(*args: object) -> None:
             """Run one command as a process of its own: its figures are then its own."""
+            sys.stdout.flush()
             say(f"\n$ rwkv-edge {shlex.join(map(str, args))}", quiet)
-            done = subprocess.run([sys.executable, "-m", "rwkv_edge.cli", *map(str, args), *["-q"] * quiet])
+            done = subprocess.run([sys.executable, "-P", "-m", "rwkv_edge", *map(str, args), *["-q"] * quiet])
             if done.returncode:
                 sys.exit(done.returncode)
 
         step("export", DEMO, "--quant", quant, "-o", bundle, *["--force"] * force)
         if not quiet:
             step("check", bundle, "--against", DEMO)
-        if quiet or not sys.stdout.isatty():  # where run itself does not show it
+        if quiet or not is_terminal(sys.stdout):  # where run itself does not show it
             click.echo(prompt, nl=False)
             sys.stdout.flush()
         step("run", bundle, prompt, "--seed", seed)
-    kept = f"The bundle is in {output}." if output else "The bundle was removed: keep the next one with -o FOLDER."
+    kept = f"The bundle is in {output}." if output else "The bundle was removed. To keep it: rwkv-edge demo -o stories"
     say(f"\n{kept}", quiet)
 
 
@@ -602,38 +623,36 @@ def _open(bundle: Path, threads: int | None) -> tuple[Any, float]:
 def _prompts(prompts: tuple[str, ...], files: tuple[Path, ...], lines: Path | None) -> list[str]:
     """All prompts: arguments, - being stdin, then files, then lines; with none of them, stdin if it is no terminal."""
     if not (prompts or files or lines):
-        if sys.stdin is None or sys.stdin.isatty():
+        if sys.stdin is None or is_terminal(sys.stdin):
             raise click.UsageError("Give a prompt: as PROMPT, with --file or --lines, or on stdin.")
         prompts = ("-",)
     texts = [_stdin() if prompt == "-" else prompt for prompt in prompts]
     texts += [_read_text(file) for file in files]
     if lines:
-        texts += [line for line in _read_text(lines).splitlines() if line.strip()]
+        texts += [line for line in _read_text(lines).split("\n") if line.strip()]
         if not texts:
             raise InputError(f"{lines} has no line that is not blank")
     return texts
 
 
 def _read_text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{file} is not UTF-8 text: {e.reason} at byte {e.start}") from e
+    return _stdin() if str(file) == "-" else text_of(file.read_bytes(), str(file))
 
 
 def _by_id(model: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with tokens to ban and to bias by their ids."""
 
     def token(text: str) -> int:
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        if isinstance(value, str):
-            value = model.token(value)
-        if type(value) is not int:
-            raise InputError(f"{text} is no token: expected an id, or a text that is one token")
-        return value
+        if text.isdecimal():
+            return int(text[:18])  # as many as an int64 takes
+        if text.startswith('"'):
+            try:
+                return model.token(json.loads(text))  # type: ignore[no-any-return]
+            except ValueError as e:
+                if isinstance(e, InputError):
+                    raise
+                raise InputError(f"{text} is no text in JSON's quotes: {e}") from e
+        return model.token(text)  # type: ignore[no-any-return]
 
     settings = dict(settings)
     if "ban" in settings:
@@ -656,7 +675,7 @@ def _by_id(model: Any, settings: dict[str, Any]) -> dict[str, Any]:
 def _ids(text: str) -> list[int]:
     words = text.replace(",", " ").split()
     for word in words:
-        if not word.isdecimal():
+        if not word.isdecimal() or len(word) > 18:
             raise InputError(f"with --ids the prompt is token ids, such as '1 2 3': {word[:40]!r} is none")
     return [int(word) for word in words]
 
@@ -664,10 +683,7 @@ def _ids(text: str) -> list[int]:
 def _stdin() -> str:
     if sys.stdin is None:
         raise InputError("stdin is closed: give the prompt as an argument")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise InputError(f"stdin is not UTF-8 text: {e.reason} at byte {e.start}") from e
+    return text_of(sys.stdin.buffer.read(), "stdin")
 
 
 def main() -> None:
@@ -686,7 +702,3 @@ def main() -> None:
         sys.exit(e.exit_code)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,25 +113,38 @@ def documents(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        text = path.read_text("utf-8")
+        data = path.read_bytes()
     except OSError as e:
         raise InputError(f"{path} cannot be read: {e.strerror}") from e
+    try:
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 text: {e.reason} at byte {e.start}") from e
     if path.suffix == ".jsonl":
-        found = []
-        for i, line in enumerate(text.splitlines(), 1):
-            try:
-                found.append(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError, RecursionError) as e:
-                raise InputError(f'{path}, line {i}: expected a JSON object with a "text"') from e
-            if not isinstance(found[-1], str):
-                raise InputError(f'{path}, line {i}: its "text" is no text')
+        found = _lines_of_json(path, text)
     else:
-        found = text.replace("\r\n", "\n").split("\n<|endoftext|>\n")
+        *found, last = _SEPARATOR.split(text)
+        found = [text.removesuffix("\n") for text in found] + [last]
     found = [text for text in found if text.strip()]
     if not found:
         raise InputError(f"{path} holds no text")
+    return found
+
+
+_SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*(?:\n|\Z)", re.M)
+
+
+def _lines_of_json(path: Path, text: str) -> list[str]:
+    found = []
+    for i, line in enumerate(text.split("\n"), 1):  # JSON may hold what splitlines takes for the end of one
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise InputError(f'{path}, line {i}: expected a JSON object with a "text"') from e
+        if not isinstance(found[-1], str):
+            raise InputError(f'{path}, line {i}: its "text" is no text')
     return found
 
 
@@ -183,12 +197,13 @@ def evaluate(
 
     Raises  BundleError, CheckpointError, BackendError; InputError if the models do not share one tokenizer
     """
-    if window is not None and window < 2:
-        raise InputError(f"a window of {window} tokens predicts nothing: expected 2 or more")
+    if window is not None and (type(window) is not int or window < 2):
+        raise InputError(f"a window of {window} tokens predicts nothing: expected a whole number, 2 or more")
+    _refuse_no_texts(texts, limit)
     models, tokenizer = _open(bundles, threads, exact)
     read = passages(texts, tokenizer, end_of_text=models[0].end_of_text, window=window, limit=limit)
     feeds: list[Feeds] = [*models]
-    names = [Path(b).name for b in bundles]
+    names = _names(bundles)
     if against:
         feeds.insert(0, _reference(against, models[0]))
         names.insert(0, Path(against).name)
@@ -229,9 +244,10 @@ def last_words(
 
     Source  arXiv 1606.06031; the counting is that of the official RWKV scripts
     """
+    _refuse_no_texts(texts, limit)
     models, tokenizer = _open(bundles, threads, exact)
     feeds: list[Feeds] = [*models]
-    names = [Path(b).name for b in bundles]
+    names = _names(bundles)
     if against:
         feeds.insert(0, _reference(against, models[0]))
         names.insert(0, Path(against).name)
@@ -239,11 +255,12 @@ def last_words(
     right: list[list[bool]] = [[] for _ in feeds]
     texts = list(texts)[:limit]
     for n, text in enumerate(texts, 1):
-        before, space, word = text.strip().rpartition(" ")
-        if not before:
+        last = _LAST_WORD.search(text.rstrip())
+        if not last:
             raise InputError(f"text {n} has no last word: {text[:40]!r}")
+        before, word = text[: last.start()], last[0]
         start = [] if models[0].end_of_text is None else [models[0].end_of_text]
-        ids, target = start + tokenizer.encode(before), tokenizer.encode(space + word)
+        ids, target = start + tokenizer.encode(before), tokenizer.encode(word)
         for k, model in enumerate(feeds):
             first, state = model.feed(ids)
             rows = first[None]
@@ -260,7 +277,25 @@ def last_words(
     )
 
 
+_LAST_WORD = re.compile(r"(?<=\S)\s+\S+\Z")  # with the space before it, and something before that
+
+
+def _refuse_no_texts(texts: Sequence[str], limit: int | None) -> None:
+    if isinstance(texts, str) or not len(texts):
+        raise InputError("texts is a list of documents, at least one")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise InputError(f"a limit of {limit} leaves nothing: expected a whole number, 1 or more")
+
+
+def _names(bundles: Sequence[str | Path]) -> list[str]:
+    """Short names of folders, or whole ones where these are not different."""
+    names = [Path(b).resolve().name for b in bundles]
+    return names if len(set(names)) == len(names) else [str(b) for b in bundles]
+
+
 def _open(bundles: Sequence[str | Path], threads: int | None, exact: bool) -> tuple[list[Model], Tokenizer]:
+    if not bundles:
+        raise InputError("there is no bundle to evaluate")
     models = []
     for path in bundles:
         bundle = read_bundle(path)
@@ -273,6 +308,11 @@ def _open(bundles: Sequence[str | Path], threads: int | None, exact: bool) -> tu
         if _tokenizer_sha(model) != _tokenizer_sha(first):
             raise InputError(
                 f"{path} has another tokenizer than {bundles[0]}: evaluate them one by one, and compare bits per byte"
+            )
+        if model.spec.n_vocab != first.spec.n_vocab:
+            raise InputError(
+                f"{path} has a vocabulary of {model.spec.n_vocab}, {bundles[0]} one of {first.spec.n_vocab}: "
+                "they cannot be compared"
             )
     assert first.tokenizer is not None
     return models, first.tokenizer

@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -30,6 +32,30 @@ def say(text: str, quiet: bool = False, *, nl: bool = True) -> None:
     """A line for a person, on stderr; dim where that is a terminal, unless NO_COLOR is set."""
     if not quiet:
         click.secho(text, err=True, nl=nl, dim=True, color=False if os.environ.get("NO_COLOR") else None)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a person is at the other end; false of a stream that is closed."""
+    return stream is not None and stream.isatty()
+
+
+def printable(text: str) -> str:
+    """A text that cannot command the terminal it is printed on: control characters, but for tabs and line ends, are U+FFFD."""
+    return _CONTROL.sub("\ufffd", text)
+
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def text_of(data: bytes, name: str) -> str:
+    """Bytes from outside as text: UTF-8, with any line ends, and without a byte order mark.
+
+    Raises  InputError
+    """
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{name} is not UTF-8 text: {e.reason} at byte {e.start}") from e
 
 
 def print_json(data: Any) -> None:
@@ -123,53 +149,49 @@ def stats_line(model: Any, generation: Any, load_s: float | None = None) -> str:
     if load_s is not None:
         parts.append(f"loaded in {load_s:.2f} s")
     peak, _ = memory()
-    return ", ".join(parts + ([f"peak memory {size(peak)}"] if peak else []))
+    return ", ".join(parts + ([f"peak {size(peak)}"] if peak else []))
 
 
 def _tokens(n: int) -> str:
     return f"{n} token" if n == 1 else f"{n} tokens"
 
 
-def figure(x: Any, digits: int, factor: float = 1, unit: str = "", *, signed: bool = False) -> tuple[str, str]:
-    """An estimate as two cells: the figure, and its error."""
+def figure(x: Any, digits: int, factor: float = 1, unit: str = "", *, signed: bool = False) -> str:
+    """An estimate with its error."""
     if x is None:
-        return "", ""
-    sign = "+" if signed else ""
-    error = "" if x.error is None else f"± {factor * x.error:.{digits}f}"
-    return f"{factor * x.value:{sign}.{digits}f}{unit}", error
+        return ""
+    value = round(factor * x.value, digits) + 0.0  # no negative zero
+    error = "" if x.error is None else f" ± {factor * x.error:.{digits}f}"
+    return f"{value:{'+' if signed else ''}.{digits}f}{error}{unit}"
 
 
 def print_scores(found: Any) -> None:
     first, passages = found.scores[0].name, "passage" if found.n_documents == 1 else "passages"
     click.echo(f"{found.n_predictions:,} predictions, {found.n_bytes:,} bytes of text, {found.n_documents} {passages}\n")
-    head: tuple[str, ...] = ("", "perplexity", "", "bits/byte", "")
-    rows: list[tuple[str, ...]] = [(s.name, *figure(s.perplexity, 3), *figure(s.bits_per_byte, 4)) for s in found.scores]
+    head: tuple[str, ...] = ("", "perplexity", "bits/byte")
+    rows: list[tuple[str, ...]] = [(s.name, figure(s.perplexity, 3), figure(s.bits_per_byte, 4)) for s in found.scores]
     if len(found.scores) == 1:
         table(head, rows)
         return
-    head += ("cost", "", "KL", "", "same top", "")
-    costs = (
-        (*figure(s.percent, 2, 1, " %", signed=True), *figure(s.kl, 6), *figure(s.top1, 1, 100, " %")) for s in found.scores
-    )
+    head += ("cost", "KL", "same top")
+    costs = ((figure(s.percent, 2, 1, " %", signed=True), figure(s.kl, 5), figure(s.top1, 1, 100, " %")) for s in found.scores)
     table(head, [row + cost for row, cost in zip(rows, costs, strict=True)])
-    click.echo(f"\nBeside {first}: cost, of perplexity; KL, nats a token; same top, the most likely token is the same one.")
+    click.echo(f"\nBeside {first}: cost, in perplexity; KL, nats a token; same top, how often the likeliest token agrees.")
     if any(s.percent and abs(s.percent.value) < 2 * (s.percent.error or 0) for s in found.scores):
-        click.echo("A cost of less than twice its error is none that this text can show: a longer one tells more.")
+        click.echo("A cost below twice its error may be chance: use a longer text.")
 
 
 def print_words(words: Sequence[Any], n: int) -> None:
     click.echo(f"the last words of {n} documents\n")
-    head = ("", "accuracy", "", "perplexity", "")
-    table(head, [(w.name, *figure(w.accuracy, 1, 100, " %"), *figure(w.perplexity, 2)) for w in words])
+    table(("", "accuracy", "perplexity"), [(w.name, figure(w.accuracy, 1, 100, " %"), figure(w.perplexity, 2)) for w in words])
 
 
 def print_bench(found: Sequence[Any]) -> None:
     f = found[0]
-    head: tuple[str, ...] = ("", "MB", "bits", "threads", f"prefill {f.n_prefill}", "", f"decode {f.n_decode}", "", "GB/s")
+    head: tuple[str, ...] = ("", "MB", "bits", "threads", f"prefill {f.n_prefill}", f"decode {f.n_decode}", "GB/s")
     head += ("load", "first", "peak", "anon", "redone")
     rows = []
     for b in found:
-        speeds = ((_tok_s(s.median), f"{_tok_s(min(s.tok_s))}-{_tok_s(max(s.tok_s))}") for s in (b.prefill, b.decode))
         redone = f"{b.prefill.disturbed}+{b.decode.disturbed}" + "!" * (min(b.prefill.share, b.decode.share) < 0.9)
         rows.append(
             (
@@ -177,7 +199,7 @@ def print_bench(found: Sequence[Any]) -> None:
                 _mb(b.nbytes),
                 f"{b.bits_per_weight:.2f}",
                 str(b.n_threads),
-                *(cell for speed in speeds for cell in speed),
+                *(f"{_tok_s(s.median)} {_tok_s(min(s.tok_s))}-{_tok_s(max(s.tok_s))}" for s in (b.prefill, b.decode)),
                 f"{b.gb_s:.1f}",
                 f"{b.load_s:.2f}",
                 f"{b.first_token_s:.2f}",
@@ -188,9 +210,9 @@ def print_bench(found: Sequence[Any]) -> None:
         )
     table(head, rows)
     click.echo(
-        "\nprefill, decode: tok/s, median and range. GB/s: weights that decode reads. load, first: seconds to open\n"
-        "it, and from nothing to the first token after the prompt. peak, anon: MB of memory, and what of it no file\n"
-        "backs. redone: repetitions that other programs disturbed, of prefill and of decode."
+        "\nMB: the bundle. bits: per weight. prefill, decode: tok/s, median and range. GB/s: weights that decode reads.\n"
+        "load: seconds to open it. first: seconds from nothing to the first token after the prompt. peak: MB of memory;\n"
+        "anon: without files. redone: repetitions that other programs disturbed, of prefill + decode."
     )
     if any("!" in row[-1] for row in rows):
         click.echo("! Disturbed even so, by more than a tenth of the processors' time: do not trust this row.")
@@ -207,7 +229,7 @@ def _mb(n: int | None) -> str:
 @contextmanager
 def progress_bar(label: str, quiet: bool) -> Iterator[Progress | None]:
     """A bar on stderr, if that is a terminal."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not is_terminal(sys.stderr):
         yield None
         return
     with click.progressbar(length=1000, label=label, file=sys.stderr, show_pos=False) as bar:
@@ -227,7 +249,8 @@ def record(prompt: str | list[int], tokens: list[Any], generation: Any) -> dict[
 
 def print_token(model: Any, token: Any, ids: bool, logprobs: int | None) -> None:
     if logprobs is None:
-        click.echo(f"{token.id} " if ids else token.text, nl=False)
+        text = printable(token.text) if is_terminal(sys.stdout) else token.text
+        click.echo(f"{token.id} " if ids else text, nl=False)
         return
 
     def name(i: int) -> str:
@@ -242,7 +265,7 @@ def print_token(model: Any, token: Any, ids: bool, logprobs: int | None) -> None
 _CHAT_HELP = """\
 /save FILE   write the conversation's state
 /load FILE   go on from one
-/undo        take the last turn back
+/undo        take the last turn, or /load, back
 /reset       begin anew
 /stats       how long the conversation is, and what it takes
 /quit        end, as Ctrl-D does
@@ -253,14 +276,19 @@ def converse(model: Any, talk: Any, load_s: float, quiet: bool) -> None:
     """Take turns until the end of stdin."""
     if sys.stdin is None:
         raise InputError("stdin is closed: a conversation needs it")
-    if sys.stdin.isatty():
+    if is_terminal(sys.stdin):
         say("Ctrl-D ends, /help tells more.", quiet)
     spoken = False
     while True:
         try:
             text = _turn()
+        except InputError as e:
+            if not is_terminal(sys.stdin):
+                raise
+            Failure(e).show()
+            continue
         except EOFError:
-            if sys.stdin.isatty():
+            if is_terminal(sys.stdin):
                 click.echo(err=True)
             return
         except KeyboardInterrupt:
@@ -280,7 +308,7 @@ def converse(model: Any, talk: Any, load_s: float, quiet: bool) -> None:
             kept = talk.generation is not None and talk.generation.stats.n_generated
             say("\n(interrupted: the conversation goes on from here)\n" if kept else "\n(interrupted: not read)\n", quiet)
         except RwkvEdgeError as e:  # a typing error must not end a conversation
-            if not sys.stdin.isatty():
+            if not is_terminal(sys.stdin):
                 raise
             Failure(e).show()
 
@@ -289,15 +317,20 @@ def _turn() -> str:
     """One message: a line, or several with \\ at the end of all but the last."""
     lines: list[str] = []
     while True:
-        if sys.stdin.isatty() and sys.stdout.isatty():
+        if is_terminal(sys.stdin) and is_terminal(sys.stdout):
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 (gives input() its line editor and history)
-            line = input("... " if lines else "> ")
+            try:
+                line = input("... " if lines else "> ")
+            except UnicodeDecodeError as e:
+                raise InputError(f"that was not UTF-8 text: {e.reason}") from e
         else:
-            line = sys.stdin.readline()
-            if not line:
+            data = sys.stdin.buffer.readline()
+            if not data and lines:
+                return "\n".join(lines)
+            if not data:
                 raise EOFError
-        line = line.rstrip("\n")
+            line = text_of(data, "stdin").removesuffix("\n")
         lines.append(line.removesuffix("\\"))
         if not line.endswith("\\"):
             return "\n".join(lines)
@@ -310,7 +343,8 @@ def _reply(pieces: Any) -> None:
         for piece in pieces:
             said += piece
             thought = said.startswith("<think") and "</think>" not in said.removesuffix(piece)
-            click.secho(piece, nl=False, dim=thought or None, color=False if os.environ.get("NO_COLOR") else None)
+            piece = printable(piece) if is_terminal(sys.stdout) else piece
+            click.echo(click.style(piece, dim=True) if thought and not os.environ.get("NO_COLOR") else piece, nl=False)
     click.echo()
 
 
@@ -319,10 +353,10 @@ def _chat_command(model: Any, talk: Any, command: str, rest: str) -> str:
     if command in ("/save", "/load"):
         if not rest:
             raise InputError(f"{command} needs a file's name")
-        getattr(talk, command[1:])(rest)
+        getattr(talk, command[1:])(Path(rest).expanduser())
         return f"{rest}: {_tokens(talk.state.n_tokens)}"
     if command == "/undo":
-        return "the last turn is taken back" if talk.undo() else "there is no turn to take back"
+        return "the last turn, or /load, is taken back" if talk.undo() else "there is no turn to take back"
     if command == "/reset":
         talk.reset()
         return "the conversation begins anew"

@@ -40,7 +40,10 @@ class Json:
         Raises  InputError if it is not Unicode text, or the tokenizer has no token for it.
         """
         try:
+            text.encode()
             ids: list[int] = self._t.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError as e:
+            raise InputError(f"the tokenizer cannot encode this text: {e.reason} at character {e.start}") from e
         except Exception as e:  # the library raises Exception itself
             raise InputError(f"the tokenizer cannot encode this text: {e}") from e
         return ids
@@ -85,6 +88,11 @@ class JsonStream:
         text = self._tokenizer.decode(self._ids)
         new, self._shown = text[self._shown :], len(text)
         return new
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the last ids may be a part of a character."""
+        return len(self._tokenizer.decode(self._ids)) > self._shown
 
     def _whole(self, ids: list[int]) -> str:
         """The text of ids, less a last character that more bytes could finish."""
@@ -133,7 +141,7 @@ class World:
         try:
             data = text.encode() if isinstance(text, str) else text
         except UnicodeEncodeError as e:
-            raise InputError(f"the tokenizer cannot encode this text: {e}") from e
+            raise InputError(f"the tokenizer cannot encode this text: {e.reason} at character {e.start}") from e
         get, longer, none = self._ids.get, self._longer.get, ()
         found: list[int] = []
         at, end = 0, len(data)
@@ -177,6 +185,11 @@ class WorldStream:
     def push(self, token: int) -> str:
         """As JsonStream."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+
+    @property
+    def unfinished(self) -> bool:
+        """As JsonStream."""
+        return bool(self._decoder.getstate()[0])
 
     def finish(self) -> str:
         """As JsonStream."""

@@ -232,7 +232,7 @@ def test_a_full_disk_leaves_nothing(command, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
     run = subprocess.run(
-        [sys.executable, "-m", "rwkv_edge.cli", command, DEMO, "-o", tmp_path / "out", "--quant", "int8"],
+        [sys.executable, "-m", "rwkv_edge", command, DEMO, "-o", tmp_path / "out", "--quant", "int8"],
         capture_output=True,
         text=True,
         preexec_fn=limit,
@@ -246,9 +246,7 @@ def test_a_full_disk_leaves_nothing(command, tmp_path):
 def test_an_interrupted_export_leaves_nothing(sent, code, tmp_path):
     shape = dict(n_layer=2, n_head=8, head_size=64, n_ffn=2048, n_vocab=20000, ranks=(32, 32, 32, 64), layer0_v=False)
     pth = factory.write_pth(tmp_path / "model.pth", factory.weights(**shape))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rwkv_edge.cli", "export", pth, "--quant", "int4"], stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-m", "rwkv_edge", "export", pth, "--quant", "int4"], stderr=subprocess.PIPE)
     until = time.monotonic() + 60
     while not list(tmp_path.glob(".model-int4*/weights.bin")) and time.monotonic() < until and process.poll() is None:
         time.sleep(0.002)
@@ -294,6 +292,31 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, random_pth):
     with pytest.raises(InputError, match="does not exist"):
         export(random_pth("odd"), tmp_path / "out", tokenizer=tmp_path / "tokenizer.json")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["prompt"].update(user="User: \n\n"), "manifest.prompt.*'User: "),
+        (lambda m: m["prompt"].update(user="{} {}"), "manifest.prompt"),
+        (lambda m: m["prompt"].update(stop=[""]), "manifest.prompt"),
+        (lambda m: m["prompt"]["think"].pop("none"), "no way of thinking called 'none'"),
+        (lambda m: m["prompt"]["think"]["fast"]["sampling"].update(temperature=-1), "manifest.prompt"),
+        (lambda m: m["prompt"].update(assistant="\ud800"), "surrogates not allowed"),
+        (lambda m: m["prompt"].pop("stop"), "manifest.prompt has no 'stop'"),
+        (lambda m: m["sampling"].pop("top_k"), "manifest.sampling has no 'top_k'"),
+        (lambda m: m["sampling"].update(top_q=1), "manifest.sampling has 'top_q', which is unknown"),
+        (lambda m: m["sampling"].update(top_p=0), "manifest.sampling.top_p is '0'"),
+        (lambda m: m["tokenizer"].update(end_of_text=4096), "its end of text, 4096, is no token of 4096"),
+    ],
+)
+def test_a_damaged_template_is_the_bundle_s_fault(change, message, copy):
+    path = copy("demo", quant="none", template="rwkv")
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=message):
+        read_bundle(path)
 
 
 def test_a_model_of_world_s_size_gets_its_tokenizer_and_its_roles(bundle, model, tmp_path, random_pth):

@@ -142,6 +142,66 @@ def test_a_message_has_no_blank_lines():
     assert _paragraphs(" a\r\n\r\n b \n\n\nUser: c\n") == "a\nb\nUser: c"
 
 
+def test_an_interrupt_does_not_keep_what_was_not_said(talker, monkeypatch):
+    """The beginning of a stop text was held back when Ctrl-C came: the state does not have it either."""
+    from rwkv_edge.runtime.session import Loop
+
+    words = iter(talker.encode(" Yes.\n\nUser: No"))
+    chat = Chat(talker, max_tokens=20)
+    generate = talker.generate
+
+    def speak(logits, given):
+        logits[:] = -np.inf
+        logits[next(words)] = 0
+        return logits
+
+    monkeypatch.setattr(talker, "generate", lambda *a, **k: generate(*a, logits=speak, **k))
+    step = Loop.step
+
+    def interrupted(self, token):
+        if chat.generation._text.held == "\n\nUser":
+            raise KeyboardInterrupt
+        return step(self, token)
+
+    monkeypatch.setattr(Loop, "step", interrupted)
+    said = []
+    with pytest.raises(KeyboardInterrupt):
+        said.extend(iter(chat.say("Hello")))
+    monkeypatch.undo()
+    assert chat.generation.finish == "cut"
+    _, expected = talker.feed(talker.encode("User: Hello\n\nAssistant: Yes."))
+    assert chat.state.n_tokens == expected.n_tokens
+    for name, x in expected.tensors.items():
+        np.testing.assert_allclose(chat.state.tensors[name], x, atol=1e-4 * (x.std() or 1))
+
+
+def test_a_message_cannot_end_the_text(talker):
+    chat = Chat(talker, max_tokens=1, temperature=0)
+    "".join(chat.say("a<|endoftext|>b"))
+    ids = [i for i in talker.encode("User: a<|endoftext|>b\n\nAssistant:") if i]
+    assert chat.state.n_tokens == len(ids) + chat.generation.stats.n_generated
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": -1}, "max_tokens -1 is not possible"),
+        ({"temperature": -1}, "temperature -1 is not possible"),
+        ({"ban": [9999]}, "token 9999 is outside the vocabulary"),
+        ({"system": 5}, "system is a int: expected text"),
+        ({"think": []}, r"think \[\] is unknown"),
+        ({"sampling": "x"}, "sampling is a str: expected a Sampling"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(options, message, talker):
+    with pytest.raises(InputError, match=message):
+        Chat(talker, **options)
+    with pytest.raises(TypeError, match="there is no setting 'temprature'"):
+        Chat(talker, temprature=1)
+    with pytest.raises(InputError, match="a message is text, not NoneType"):
+        list(Chat(talker).say(None))
+
+
 def test_models_that_cannot_chat_are_said_so(model):
     with pytest.raises(InputError, match="has no chat template: its model continues text, try `rwkv-edge run`"):
         Chat(model("odd", quant="int4"))
@@ -176,13 +236,19 @@ def test_a_conversation_by_pipe(bundle, tmp_path):
     assert re.fullmatch(stats, said[0])
     assert re.fullmatch(r"\d+ tokens in a state of 405\.5 kB; last reply: " + stats, said[1])
     assert re.fullmatch(stats, said[2])
-    assert said[3:7] == ["the last turn is taken back"] * 2 + ["there is no turn to take back", "the conversation begins anew"]
+    assert said[3:7] == ["the last turn, or /load, is taken back"] * 2 + [
+        "there is no turn to take back",
+        "the conversation begins anew",
+    ]
     assert re.fullmatch(r".*/s: \d+ tokens", said[8])
     assert said[-1].startswith("A line that ends with")
     assert "never" not in found.output
     again = chat(path, "-n", 4, "-t", 0, "--load-state", tmp_path / "s", stdin="/stats\n/load\n")
     assert again.stderr.splitlines() == [said[8].split(": ")[1] + " in a state of 405.5 kB", "Error: /load needs a file's name"]
     assert again.exit_code == 1
+    both = chat(path, "--system", "x", "--load-state", tmp_path / "s", stdin="")
+    assert both.exit_code == 2
+    assert "--system begins a conversation, and --load-state goes on with one" in both.stderr
     assert chat(path, stdin="/dance\n").stderr == "Error: /dance is unknown: /help lists what there is\n"
 
 
@@ -197,7 +263,7 @@ def test_a_conversation_on_a_terminal(bundle, tmp_path):
     if pid == 0:
         os.environ["TERM"] = "xterm"
         os.execv(
-            sys.executable, [sys.executable, "-m", "rwkv_edge.cli", "chat", str(path), "-n", "100000", "-t", "1", "--ban", "0"]
+            sys.executable, [sys.executable, "-m", "rwkv_edge", "chat", str(path), "-n", "100000", "-t", "1", "--ban", "0"]
         )
     seen = ""
 
@@ -237,7 +303,23 @@ def test_a_conversation_on_a_terminal(bundle, tmp_path):
     assert os.waitstatus_to_exitcode(status) == 0
 
 
+@pytest.mark.parametrize(
+    ("stdin", "replies", "error"),
+    [
+        (b"Hello", 1, ""),
+        (b"Hello\\", 1, ""),  # the last line promises more
+        (b"\xef\xbb\xbfHello\r\n", 1, ""),
+        (b"Hello\nhi \xff\n", 1, "Error: stdin is not UTF-8 text: invalid start byte at byte 3"),
+    ],
+)
+def test_lines_of_all_kinds(stdin, replies, error, bundle):
+    found = chat(bundle("demo", quant="none", template="rwkv"), "-n", 3, "-t", 0, "-q", stdin=stdin)
+    assert found.stdout.count("\n") >= replies
+    assert found.stderr.strip() == error
+    assert found.exit_code == (1 if error else 0)
+
+
 def test_stdin_that_is_closed_is_one_line(bundle):
-    command = f"{sys.executable} -m rwkv_edge.cli chat {bundle('demo', quant='none', template='rwkv')} <&-"
+    command = f"{sys.executable} -m rwkv_edge chat {bundle('demo', quant='none', template='rwkv')} <&-"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "Error: stdin is closed: a conversation needs it")

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -19,7 +20,7 @@ def run(*args, stdin=None):
 
 def process(*args, **options):
     return subprocess.run(
-        [sys.executable, "-m", "rwkv_edge.cli", *map(str, args)], capture_output=True, timeout=120, **{"text": True} | options
+        [sys.executable, "-m", "rwkv_edge", *map(str, args)], capture_output=True, timeout=120, **{"text": True} | options
     )
 
 
@@ -88,7 +89,7 @@ def test_the_whole_way(tmp_path):
     spoken = run("run", tmp_path / "model-int4", "Once upon a time", "-n", 12, "-t", 0)
     assert spoken.stdout == ", there was a little girl named Lily. She loved to\n"
     assert re.fullmatch(
-        r"read 4 tokens at \d+ tok/s, wrote 12 at \d+ tok/s \([\d.]+ GB/s\), loaded in [\d.]+ s, peak memory [\d.]+ [MG]B\n",
+        r"read 4 tokens at \d+ tok/s, wrote 12 at \d+ tok/s \([\d.]+ GB/s\), loaded in [\d.]+ s, peak [\d.]+ [MG]B\n",
         spoken.stderr,
     )
 
@@ -122,7 +123,7 @@ def test_prompts_from_everywhere(bundle, tmp_path):
     """Arguments, stdin, files, lines: in this order, each from the same state."""
     path = bundle("demo", quant="int4")
     (tmp_path / "a.txt").write_text("The dog")
-    (tmp_path / "b.txt").write_text("The cat\n\nThe bird\r\n")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfThe cat\n\nThe bird\r\n")
     args = ("-", "--file", tmp_path / "a.txt", "--lines", tmp_path / "b.txt", "-n", 3, "-t", 0, "--json", "-q")
     found = run("run", path, "Once upon", *args, stdin="A little")
     assert found.stderr == ""
@@ -139,6 +140,76 @@ def test_prompts_from_everywhere(bundle, tmp_path):
     two = run("run", path, "The dog", "The cat", "-n", 3, "-t", 0)
     assert two.stdout.startswith(f"The dog{lines[2]['text']}\nThe cat")  # which is whose
     assert ["loaded" in line for line in two.stderr.splitlines()] == [True, False]
+
+
+def test_a_file_may_be_stdin_and_all_prompts_are_read_first(bundle):
+    path = bundle("demo", quant="int4")
+    piped = run("run", path, "--file", "-", "-n", 3, "-t", 0, "-q", stdin=b"\xef\xbb\xbfA little\r\nboy")
+    assert piped.stdout == run("run", path, "A little\nboy", "-n", 3, "-t", 0, "-q").stdout
+    found = run("run", path, "a", "", "b", "-n", 3)
+    assert (found.exit_code, found.stdout) == (1, "")
+
+
+def test_json_is_ascii_whatever_the_terminal(bundle):
+    import os
+
+    env = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    found = process("run", bundle("demo", quant="int4"), "日本 café\u2028", "-n", 1, "--json", "-q", env=env)
+    assert json.loads(found.stdout)["prompt"] == "日本 café\u2028"
+    assert len(found.stdout.splitlines()) == 1
+
+
+def test_what_commands_a_terminal_is_not_printed_to_one():
+    from rwkv_edge.terminal import printable
+
+    assert printable("a\tb\n\x1b[31mc\x9b\x07é🦉") == "a\tb\n\ufffd[31mc\ufffd\ufffdé🦉"
+
+
+def test_closed_descriptors(bundle):
+    for closed in (">&-", "2>&-", "<&-"):
+        command = f"{sys.executable} -m rwkv_edge run {bundle('demo', quant='int4')} Once -n 2 {closed}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, closed
+
+
+def test_modules_of_the_current_folder_are_not_run(bundle, tmp_path):
+    for name in ("statistics", "tokenizers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('hijacked')")
+    program = Path(sys.executable).with_name("rwkv-edge")
+    for args in (["bench", bundle("demo", quant="int4"), "-r", 1, "--prefill", 4, "--decode", 2], ["demo", "-q"]):
+        found = subprocess.run([program, *map(str, args)], cwd=tmp_path, capture_output=True, text=True)
+        assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_an_interrupt_while_a_prompt_is_read(bundle, tmp_path):
+    """It ends at once, and a state that has read a part of the prompt is not written."""
+    import signal
+    import time
+
+    (tmp_path / "book").write_text("The dog and the cat went to the river. " * 20000)
+    args = [sys.executable, "-m", "rwkv_edge", "run", bundle("demo", quant="int4"), "--file", tmp_path / "book"]
+    p = subprocess.Popen([*map(str, args), "--save-state", str(tmp_path / "s")], stdout=-1, stderr=-1)
+    time.sleep(2.5)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=5)
+    assert p.returncode == 130
+    assert b"s is not written: the prompt was not read to its end" in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_interrupted_record_is_whole(bundle):
+    import signal
+    import time
+
+    args = ["run", str(bundle("demo", quant="int4")), "Once", "-n", "100000", "--ban", "0", "--json"]
+    p = subprocess.Popen([sys.executable, "-m", "rwkv_edge", *args], stdout=-1, stderr=-1)
+    time.sleep(2.5)
+    p.send_signal(signal.SIGINT)
+    out, _ = p.communicate(timeout=20)
+    found = json.loads(out)
+    assert found["finish"] == "cut"
+    assert 0 <= found["stats"]["n_generated"] - len(found["tokens"]) <= 1  # it may come between two
+    assert len(found["tokens"]) > 5
 
 
 def test_prompts_that_are_none(bundle, tmp_path):
@@ -181,7 +252,8 @@ def test_bans_and_biases_by_text_and_by_id(bundle, model):
     assert said("--bias", ",=-99", "--ban", " there").stdout not in (",\n", " there\n")
     for args, message in (
         (["--ban", "a dog"], "'a dog' is 2 tokens [65, 1097], and not one: give ids"),
-        (["--ban", "1.5"], "1.5 is no token: expected an id, or a text that is one token"),
+        (["--ban", '"a'], "\"a is no text in JSON's quotes: Unterminated string starting at: line 1 column 1 (char 0)"),
+        (["--ban", "9" * 5000], f"token {'9' * 18} is outside the vocabulary of 0 to 4095"),
         (["--ban", "9999"], "token 9999 is outside the vocabulary of 0 to 4095"),
         (["--bias", "3"], "3 is no bias: expected TOKEN=X, such as 11=-2"),
         (["--bias", "3=x"], "3=x is no bias: expected TOKEN=X, such as 11=-2"),
@@ -259,7 +331,7 @@ def test_names_that_are_none(command, tmp_path):
 
 def test_a_full_stdout_is_one_line():
     done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m rwkv_edge.cli inspect {DEMO} > /dev/full"], capture_output=True, text=True
+        ["bash", "-c", f"{sys.executable} -m rwkv_edge inspect {DEMO} > /dev/full"], capture_output=True, text=True
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == "Error: output: No space left on device"
@@ -313,7 +385,7 @@ def test_stdout_is_data_only_and_may_close(bundle):
     path = bundle("demo", quant="int4")
     only = process("run", path, "Once upon a time", "-n", "5", "-t", "0")
     assert only.stdout == ", there was a little\n"
-    command = f"{sys.executable} -m rwkv_edge.cli run {path} 'Once upon a time' -n 100 -t 0 | head -c 5"
+    command = f"{sys.executable} -m rwkv_edge run {path} 'Once upon a time' -n 100 -t 0 | head -c 5"
     closed = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert closed.stdout.startswith(", the")
     assert "Traceback" not in closed.stderr
@@ -327,7 +399,7 @@ def test_interrupt_is_quiet_and_keeps_what_was_said(bundle):
             sys.executable,
             "-u",
             "-m",
-            "rwkv_edge.cli",
+            "rwkv_edge",
             "run",
             str(bundle("demo", quant="int4")),
             "Once",

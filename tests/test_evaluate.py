@@ -3,14 +3,17 @@
 import json
 import math
 
+import factory
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import DEMO
 
+from rwkv_edge import export
 from rwkv_edge.cli import cli
 from rwkv_edge.errors import BundleError, InputError
 from rwkv_edge.evaluate import PIECE, Estimate, _ratio, documents, evaluate, last_words
+from rwkv_edge.models import rwkv7
 
 STORIES = DEMO.with_name("stories.txt")
 
@@ -111,13 +114,26 @@ def test_last_words(bundle, model):
         last_words([bundle("demo", quant="none")], ["a b", "alone"])
 
 
-def test_documents(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("One.\r\n<|endoftext|>\r\nTwo ä.\n<|endoftext|>\n \n", ["One.", "Two ä."]),
+        ("One.\n<|endoftext|>\nTwo.\n<|endoftext|>", ["One.", "Two."]),
+        ("<|endoftext|>\nOne.\n<|endoftext|>\n<|endoftext|>\nTwo.\n", ["One.", "Two.\n"]),
+        ("\ufeffOne.", ["One."]),
+        ("One <|endoftext|> and\n <|endoftext|>", ["One <|endoftext|> and\n <|endoftext|>"]),
+    ],
+)
+def test_documents_of_a_text(content, found, tmp_path):
     file = tmp_path / "a.txt"
-    file.write_bytes("One.\r\n<|endoftext|>\r\nTwo ä.\n<|endoftext|>\n \n".encode())
-    assert documents(file) == ["One.", "Two ä."]
+    file.write_bytes(content.encode())
+    assert documents(file) == found
+
+
+def test_documents(tmp_path):
     lines = tmp_path / "a.jsonl"
-    lines.write_text('{"text": "One."}\n{"text": "Two.", "more": 1}\n')
-    assert documents(lines) == ["One.", "Two."]
+    lines.write_text('\ufeff{"text": "One."}\n\n{"text": "Two.\u2028Three.", "more": 1}\n\n', "utf-8")
+    assert documents(lines) == ["One.", "Two.\u2028Three."]
     assert [len(text.split()) for text in documents(STORIES)] == [358, 391]
     for content, message in (
         ("{}\n", r'a\.jsonl, line 1: expected a JSON object with a "text"'),
@@ -128,9 +144,9 @@ def test_documents(tmp_path):
         lines.write_text(content)
         with pytest.raises(InputError, match=message):
             documents(lines)
-    file.write_bytes(b"\xff")
+    (tmp_path / "a.txt").write_bytes(b"\xff")
     with pytest.raises(InputError, match=r"a\.txt is not UTF-8 text: invalid start byte at byte 0"):
-        documents(file)
+        documents(tmp_path / "a.txt")
     with pytest.raises(InputError, match="cannot be read: No such file"):
         documents(tmp_path / "none")
 
@@ -143,8 +159,44 @@ def test_models_that_cannot_be_compared(bundle, tmp_path, random_pth):
         evaluate([demo], ["text"], against=random_pth("odd"))
     with pytest.raises(InputError, match="the text is shorter than two tokens"):
         evaluate([demo], ["a"], window=5)
-    with pytest.raises(InputError, match="a window of 1 tokens predicts nothing"):
-        evaluate([demo], ["a b c"], window=1)
+    for window in (1, "8", 2.5):
+        with pytest.raises(InputError, match=f"a window of {window} tokens predicts nothing"):
+            evaluate([demo], ["a b c"], window=window)
+    for measure in (evaluate, last_words):
+        for texts in ("hello", []):
+            with pytest.raises(InputError, match="texts is a list of documents, at least one"):
+                measure([demo], texts)
+        for limit in (0, -1, 1.5):
+            with pytest.raises(InputError, match=f"a limit of {limit} leaves nothing"):
+                measure([demo], ["a b c"], limit=limit)
+        with pytest.raises(InputError, match="there is no bundle to evaluate"):
+            measure([], ["a b c"])
+
+
+def test_models_of_other_sizes_cannot_be_compared(bundle, tmp_path, weights):
+    """One tokenizer, and a table that was padded."""
+    _, w = weights("demo")
+    padded = dict(w)
+    for name in ("emb.weight", "head.weight"):
+        padded[name] = np.concatenate([w[name], w[name][:64]])
+    stored = {n: (x.T if n.split(".")[-1] in rwkv7.INPUTS_FIRST else x) for n, x in padded.items()}
+    export(factory.write_pth(tmp_path / "p.pth", stored), tmp_path / "p", tokenizer=DEMO.with_name("tokenizer.json"))
+    with pytest.raises(InputError, match=r"p has a vocabulary of 4160, .* one of 4096: they cannot be compared"):
+        evaluate([bundle("demo", quant="int4"), tmp_path / "p"], ["text and text"])
+
+
+def test_names_that_are_the_same_are_told_apart(bundle, tmp_path, monkeypatch):
+    path = bundle("demo", quant="int4")
+    found = evaluate([path, path], ["some text"])
+    assert [s.name for s in found.scores] == [str(path), str(path)]
+    monkeypatch.chdir(path)
+    assert evaluate(["."], ["some text"]).scores[0].name == path.name
+
+
+def test_a_last_word_may_stand_on_a_line_of_its_own(bundle):
+    texts = ["It was the\nend.\n", "It was the\nend.", "It was the end."]
+    one, two, other = (last_words([bundle("demo", quant="none")], [t])[0] for t in texts)
+    assert one == two != other  # the line's end is the word's, as a space would be
 
 
 # --- the command ---
@@ -167,13 +219,13 @@ def test_the_table(bundle):
     assert second[0] == "demo-quant=int4"
     assert (
         lines[6]
-        == "Beside demo-quant=none: cost, of perplexity; KL, nats a token; same top, the most likely token is the same one."
+        == "Beside demo-quant=none: cost, in perplexity; KL, nats a token; same top, how often the likeliest token agrees."
     )
     scores = json.loads(run(bundle("demo", quant="none"), bundle("demo", quant="int4"), "--limit", 1, "--json").stdout)[
         "scores"
     ]
     assert f"{scores[0]['perplexity']['value']:.3f}" == first[1]
-    assert f"{scores[1]['kl']['value']:.6f}" in second
+    assert f"{scores[1]['kl']['value']:.5f}" in second
 
 
 def test_one_bundle_alone_and_last_words(bundle, tmp_path):

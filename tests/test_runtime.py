@@ -163,7 +163,7 @@ def test_states_of_others_and_damaged_ones_are_refused(exact, model, tmp_path):
         ([True], "tokens are not a flat list of whole numbers"),
         ([[1, 2]], "tokens are not a flat list of whole numbers"),
         ([[1], [2, 3]], "tokens are not a flat list of whole numbers"),
-        ("text", "tokens are not a flat list of whole numbers"),
+        ("text", "this is text, and token ids are expected"),
     ],
 )
 def test_tokens_that_are_none(tokens, message, demo):
@@ -286,6 +286,25 @@ def test_a_stop_text_is_not_in_the_state(exact, stop):
     assert apart(again, clean) <= 5e-5
 
 
+@pytest.mark.parametrize("quant", ["none"])
+@pytest.mark.parametrize(
+    ("words", "stop"), [("aéx", "é"), ("a 日本語 t", "本"), ("a 日本語 t", "語 t"), ("b🎉c", "🎉c"), ("ab日本", "b日")]
+)
+def test_a_stop_that_begins_in_a_character_of_several_tokens(words, stop, quant, model):
+    m = model("demo", quant=quant)
+    ids = m.encode(words)
+
+    def speak(logits, given):
+        return np.where(np.arange(4096) == ids[len(given)], 0, -np.inf)
+
+    g = m.generate("Once", stop=[stop], logits=speak, max_tokens=len(ids))
+    said = "".join(t.text for t in g)
+    assert said == words[: words.index(stop)]
+    _, expected = m.feed(m.encode(said), m.feed(m.encode("Once"))[1]) if said else m.feed(m.encode("Once"))
+    for name, x in expected.tensors.items():
+        assert apart(g.state.tensors[name], x) < 0.05, name  # the tokens may be cut otherwise
+
+
 def test_a_false_alarm_of_a_stop_changes_nothing(exact):
     plain = exact.generate("Once upon a time", max_tokens=12, temperature=0)
     watched = exact.generate("Once upon a time", max_tokens=12, temperature=0, stop=["little girl called", "was a big"])
@@ -329,6 +348,25 @@ def test_the_logits_callback_decides(demo):
         next(demo.generate(STORY, logits=lambda logits, ids: logits[:3]))
     with pytest.raises(InputError, match="leave no token to choose from"):
         next(demo.generate(STORY, logits=lambda logits, ids: logits - np.inf))
+    for wrong in (np.nan, np.inf):
+        with pytest.raises(InputError, match="the logits callback gave NaN or infinity"):
+            next(demo.generate(STORY, logits=lambda logits, ids, wrong=wrong: logits + wrong))
+    with pytest.raises(InputError, match="the logits callback failed, or gave no array of numbers"):
+        next(demo.generate(STORY, logits=lambda logits, ids: "text"))
+    with pytest.raises(InputError, match="logits is a int: expected a function"):
+        demo.generate(STORY, logits=5)
+    with pytest.raises(InputError, match="this is text, and token ids are expected"):
+        demo.feed("text")
+
+
+def test_a_state_can_be_pickled(exact):
+    import copy
+    import pickle
+
+    _, state = exact.feed([1, 2, 3])
+    for again in (pickle.loads(pickle.dumps(state)), copy.deepcopy(state)):
+        assert (again.model_id, again.n_tokens) == (state.model_id, 3)
+        np.testing.assert_array_equal(exact.feed([4], again)[0], exact.feed([4], state)[0])
 
 
 def test_bans_and_biases(demo):

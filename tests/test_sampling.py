@@ -157,6 +157,12 @@ def test_adjust():
     assert logits.tolist() == [0, 0, 0, 0]
 
 
+def test_numpy_s_whole_numbers_are_whole_numbers():
+    s = Sampling(top_k=np.int64(3), ban=np.array([1, 2]), bias={np.int32(4): 1.0}, seed=np.uint8(7))
+    assert (s.top_k, s.ban, dict(s.bias), s.seed) == (3, (1, 2), {4: 1.0}, 7)
+    assert hash(s) == hash(Sampling(top_k=3, ban=(1, 2), bias={4: 1.0}, seed=7))
+
+
 def test_settings_that_there_are_not():
     assert changed(Sampling(top_k=3), {"seed": 5}) == Sampling(top_k=3, seed=5)
     with pytest.raises(TypeError, match="there is no setting 'foo': expected one of temperature, top_k, "):
@@ -217,7 +223,10 @@ def test_a_model_that_diverged_is_said_to(bad):
         ({"penalty_decay": 2}, "penalty_decay 2 is not possible: expected 0 to 1"),
         ({"presence_penalty": float("inf")}, "presence_penalty inf is not possible: expected -10000 to 10000"),
         ({"frequency_penalty": "a"}, "frequency_penalty 'a' is not possible"),
-        ({"ban": ["a"]}, "'a' is no token id: bans and biases are by id"),
+        ({"ban": ["a"]}, "'a' is no token id: expected a whole number"),
+        ({"ban": 5}, "ban is a list of token ids, and bias a mapping"),
+        ({"bias": [1, 2]}, "ban is a list of token ids, and bias a mapping"),
+        ({"temperature": 10**400}, "temperature 1000.* is not possible"),
         ({"ban": [-1]}, "-1 is no token id"),
         ({"bias": {3: float("nan")}}, "bias of token 3 nan is not possible: expected -10000 to 10000"),
     ],

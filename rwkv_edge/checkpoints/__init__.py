@@ -48,6 +48,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises  CheckpointError if the file is missing, damaged, not RWKV, or of a version that is not supported.
     """
     path = Path(path)
+    if (path / "manifest.json").exists():
+        raise CheckpointError(f"{path} is a bundle: give the checkpoint that it was made from")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: give the checkpoint file in it")
     if not path.exists():

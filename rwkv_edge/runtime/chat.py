@@ -1,14 +1,13 @@
 """A conversation: turns in the roles that a model was trained on, its memory one state of fixed size."""
 
-import re
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
 
 from ..errors import InputError
-from .generate import Generation
-from .sampling import Sampling, Settings
+from .generate import Generation, check_settings
+from .sampling import Sampling, Settings, changed
 from .session import Model
 from .state import State, refuse_output
 
@@ -25,6 +24,7 @@ class Chat:
     It takes:
     model     open
     system    what the model is told at the start
+    state     to go on from, such as load_state gave
     think     how it answers: "none" at once, "think" after thinking aloud, "fast" after an empty thought; what the bundle has
     sampling  None takes the bundle's for this way of thinking
     settings  changes to it, see Sampling
@@ -38,6 +38,7 @@ class Chat:
         *,
         system: str | None = None,
         think: str = "none",
+        state: State | None = None,
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
         **settings: Unpack[Settings],
@@ -45,46 +46,48 @@ class Chat:
         template = model.bundle.manifest["prompt"]
         if template is None:
             raise InputError(f"{model.bundle.path} has no chat template: its model continues text, try `rwkv-edge run`")
-        if think not in template["think"]:
+        if not isinstance(think, str) or think not in template["think"]:
             raise InputError(f"think {think!r} is unknown: the bundle has {', '.join(template['think'])}")
+        if system is not None and not isinstance(system, str):
+            raise InputError(f"system is a {type(system).__name__}: expected text")
         self._model, self._template, self._system = model, template, system
         self._opening: str = template["think"][think]["opening"]
         own = template["think"][think]["sampling"]
-        self._sampling = sampling or (Sampling(**own) if own else model.sampling)
-        self._settings, self._max_tokens = settings, max_tokens
-        self.state: State | None = None
+        if sampling is None:
+            sampling = Sampling(**own) if own else model.sampling
+        self._sampling, self._max_tokens = changed(sampling, settings), max_tokens
+        check_settings(model, max_tokens, template["stop"], self._sampling)
+        self.state = state
         self._past: deque[State | None] = deque(maxlen=N_UNDO)
         self.generation: Generation | None = None
 
     def say(self, text: str) -> Iterator[str]:
-        """Take a turn: the reply, in pieces as they come.
+        """Take a turn: the reply, in pieces as they come. Nothing happens before they are asked for.
 
         An interrupted reply is kept as far as it came; a turn that was interrupted before its reply is forgotten.
         """
+        if not isinstance(text, str):
+            raise InputError(f"a message is text, not {type(text).__name__}")
         t = self._template
         ask = t["user"].replace("{}", _paragraphs(text)) + t["assistant"] + self._opening
         if self.state is not None:
             ask = t["turn_end"] + ask
         elif self._system:
             ask = t["system"].replace("{}", _paragraphs(self._system)) + ask
-        g = self._model.generate(
-            ask,
-            self.state,
-            max_tokens=self._max_tokens,
-            stop=t["stop"],
-            sampling=self._sampling,
-            **self._settings,
-        )
+        ids = [i for i in self._model.encode(ask) if i != self._model.end_of_text]  # a message cannot end the text
+        g = self._model.generate(ids, self.state, max_tokens=self._max_tokens, stop=t["stop"], sampling=self._sampling)
         self.generation = g
         try:
             yield from _reply(self._opening, (token.text for token in g))
         finally:
             if g.stats.n_generated:
+                g.cut()  # if it was interrupted
+                state = g.state
                 self._past.append(self.state)
-                self.state = g.state
+                self.state = state
 
     def undo(self) -> bool:
-        """Take the last turn back; False if there is none that can be."""
+        """Take the last turn, or load, back; False if there is none that can be."""
         if not self._past:
             return False
         self.state = self._past.pop()
@@ -117,7 +120,7 @@ class Chat:
 
 def _paragraphs(text: str) -> str:
     """A message as the models know it: no blank line, which would end the turn."""
-    return re.sub(r"\s*\n\s*", "\n", text.strip().replace("\r\n", "\n"))
+    return "\n".join(filter(None, (line.strip() for line in text.replace("\r", "\n").split("\n"))))
 
 
 def _reply(opening: str, pieces: Iterator[str]) -> Iterator[str]:

@@ -55,7 +55,7 @@ class Generation:
 
     stats   times so far
     finish  why it ended: "length" (max_tokens), "end" (of text, whose token is the last one given), "stop" (a stop text,
-            which is not part of any token's text); None before
+            which is not part of any token's text), "cut"; None before
     """
 
     def __init__(
@@ -70,16 +70,11 @@ class Generation:
         logits: Logits | None,
         n_top: int,
     ) -> None:
-        for name, n in (("max_tokens", max_tokens), ("top_logprobs", n_top)):
-            if n is not None and (type(n) is not int or n < 0):
-                raise InputError(f"{name} {n!r} is not possible: expected a whole number, 0 or more")
-        if isinstance(stop, str) or not isinstance(stop, Iterable):
-            raise InputError("stop is a list of texts, none of them empty")
-        stop = tuple(stop)
-        if not all(isinstance(s, str) and s for s in stop):
-            raise InputError("stop is a list of texts, none of them empty")
-        if sampling.ban or sampling.bias:
-            model.check_tokens([*sampling.ban, *sampling.bias])
+        stop = tuple(check_settings(model, max_tokens, stop, sampling))
+        if type(n_top) is not int or n_top < 0:
+            raise InputError(f"top_logprobs {n_top!r} is not possible: expected a whole number, 0 or more")
+        if logits is not None and not callable(logits):
+            raise InputError(f"logits is a {type(logits).__name__}: expected a function of the logits and the ids given so far")
         self.stats = Stats()
         self.finish: str | None = "length" if max_tokens == 0 else None
         self._model, self._prompt, self._max_tokens = model, prompt, max_tokens
@@ -92,7 +87,9 @@ class Generation:
         self._loop.load(state)
         self._first, self._n_first = state, self._loop.n_tokens + len(prompt)
         self._text = _Text(model, prompt, stop)
-        self._mark: tuple[State, str] | None = None  # before what may be a stop: a state, and the text since then
+        # before what may be a stop, and before an unfinished character: a state, and the text since then
+        self._mark: tuple[State, str] | None = None
+        self._character: tuple[State, str] | None = None
 
     def __iter__(self) -> "Generation":
         return self
@@ -116,15 +113,23 @@ class Generation:
     @property
     def state(self) -> State:
         """The state after the prompt and every token given so far, but for the end of text or a stop text."""
-        if self.finish != "stop":
+        mark = self._mark
+        if self.finish == "cut":
+            mark = mark or self._character
+        elif self.finish != "stop":
+            mark = None
+        if mark is None:
             self._read()
             return self._loop.state()
-        assert self._mark is not None
-        state, text = self._mark
+        state, text = mark
         if text:
             _, state = self._model.feed(self._model.encode(text), state)
             self._mark = state, ""
         return state
+
+    def cut(self) -> None:
+        """End here: what may have been the beginning of a stop text was not said, and is not in the state."""
+        self.finish = self.finish or "cut"
 
     def _changed(self, logits: Array) -> Array:
         """Logits after bans, penalties, biases, and the callback."""
@@ -134,11 +139,16 @@ class Generation:
             changed = changed.copy() if changed is logits else changed
             changed[tokenizer.n_vocab :] = -np.inf
         if self._callback:
-            changed = np.asarray(self._callback(changed.copy(), tuple(self._given)), np.float32)
+            try:
+                changed = np.asarray(self._callback(changed.copy(), tuple(self._given)), np.float32)
+            except (ValueError, TypeError) as e:
+                raise InputError(f"the logits callback failed, or gave no array of numbers: {e}") from e
             if changed.shape != logits.shape:
                 raise InputError(f"the logits callback gave shape {changed.shape}, expected {logits.shape}")
         if changed is not logits and not np.isfinite(changed.max()):
-            raise InputError("bans, biases and the logits callback leave no token to choose from")
+            if changed.max() == -np.inf:
+                raise InputError("bans, biases and the logits callback leave no token to choose from")
+            raise InputError("the logits callback gave NaN or infinity: -inf forbids a token, a large number prefers it")
         return changed
 
     def _say(self, token: int) -> str:
@@ -153,12 +163,18 @@ class Generation:
         text, new, stopped = self._text.push(token)
         # What is, or may be, a stop begins so many characters from the end of `before + new`.
         n = len(before) + len(new) - len(text) if stopped else len(self._text.held)
+        if self._text.stop and (n or self._text.unfinished):
+            # where `new` begins: in this token, which the state has not read, or in the ones of its first character
+            state, since = self._character or (self._loop.state(), "")
+            if n and (n <= len(new) or self._mark is None):
+                self._mark = state, since + new[: len(new) - n]
+            elif n and self._mark:
+                self._mark = self._mark[0], self._mark[1] + text
+            self._character = (state, since + new) if self._text.unfinished else None
         if not n:
             self._mark = None
-        elif n <= len(new) or self._mark is None:  # in this token, which the state has not read
-            self._mark = self._loop.state(), new[: len(new) - n]
-        else:
-            self._mark = self._mark[0], self._mark[1] + text
+        if not self._text.unfinished:
+            self._character = None
         if stopped:
             self.finish = "stop"
         elif self.stats.n_generated == self._max_tokens:
@@ -186,6 +202,23 @@ class Generation:
         return loop.logits
 
 
+def check_settings(model: "Model", max_tokens: int | None, stop: Sequence[str], sampling: Sampling) -> Sequence[str]:
+    """Check what generate and Chat are given: the stop texts, once they are known to be some.
+
+    Raises  InputError
+    """
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 0):
+        raise InputError(f"max_tokens {max_tokens!r} is not possible: expected a whole number, 0 or more")
+    if isinstance(stop, str) or not isinstance(stop, Iterable):
+        raise InputError("stop is a list of texts, none of them empty")
+    stop = tuple(stop)
+    if not all(isinstance(s, str) and s for s in stop):
+        raise InputError("stop is a list of texts, none of them empty")
+    if sampling.ban or sampling.bias:
+        model.check_tokens([*sampling.ban, *sampling.bias])
+    return stop
+
+
 class _Text:
     """Text of tokens, up to the first stop; what may be the beginning of one is held back."""
 
@@ -193,17 +226,21 @@ class _Text:
         if stop and model.tokenizer is None:
             raise InputError("stop texts need a tokenizer, and the bundle has none")
         self._stream = model.tokenizer.stream(prompt.tolist()) if model.tokenizer else None
-        self._stop, self.held = tuple(stop), ""
+        self.stop, self.held = tuple(stop), ""
+
+    @property
+    def unfinished(self) -> bool:
+        return self._stream is not None and self._stream.unfinished
 
     def push(self, token: int) -> tuple[str, str, bool]:
         """Take a token; give the text that is certain now, the token's own text, and whether a stop has come."""
         new = self._stream.push(token) if self._stream else ""
         held = self.held + new
-        found = [at for at in (held.find(s) for s in self._stop) if at >= 0]
+        found = [at for at in (held.find(s) for s in self.stop) if at >= 0]
         if found:
             self.held = ""
             return held[: min(found)], new, True
-        n = max((k for s in self._stop for k in range(1, len(s)) if held.endswith(s[:k])), default=0)
+        n = max((k for s in self.stop for k in range(1, len(s)) if held.endswith(s[:k])), default=0)
         self.held = held[len(held) - n :]
         return held[: len(held) - n], new, False
 

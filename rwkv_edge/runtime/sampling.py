@@ -5,6 +5,7 @@ probabilities that follow, typical_p at what these leave; the temperature comes 
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
@@ -49,20 +50,21 @@ class Sampling:
     frequency_penalty: float = 0.0
     penalty_decay: float = 0.996
     ban: Sequence[int] = ()
-    bias: Mapping[int, float] = field(default_factory=dict)
+    bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
 
     def __post_init__(self) -> None:
         for name, bounds in _RANGES.items():
             _refuse_outside(name, getattr(self, name), bounds)
         for name in ("top_k", "seed"):
-            x = getattr(self, name)
-            if not (type(x) is int and x >= 0) and (name, x) != ("seed", None):
-                raise InputError(f"{name} {x!r} is not possible: expected a whole number, 0 or more")
-        object.__setattr__(self, "ban", tuple(self.ban))
-        for token in (*self.ban, *self.bias):
-            if type(token) is not int or token < 0:
-                raise InputError(f"{token!r} is no token id: bans and biases are by id")
+            if (name, getattr(self, name)) != ("seed", None):
+                object.__setattr__(self, name, _whole(getattr(self, name), f"{name} {{!r}} is not possible"))
+        try:
+            ban, bias = list(self.ban), dict(self.bias)
+        except (TypeError, ValueError) as e:
+            raise InputError("ban is a list of token ids, and bias a mapping from ids to numbers") from e
+        object.__setattr__(self, "ban", tuple(_whole(i, "{!r} is no token id") for i in ban))
+        object.__setattr__(self, "bias", {_whole(i, "{!r} is no token id"): x for i, x in bias.items()})
         for token, x in self.bias.items():
             _refuse_outside(f"bias of token {token}", x, _LOGIT)
 
@@ -77,6 +79,8 @@ def changed(sampling: Sampling, settings: Mapping[str, Any]) -> Sampling:
 
     Raises  TypeError, as a function would for an argument that it does not have; InputError for one out of range.
     """
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling is a {type(sampling).__name__}: expected a Sampling")
     unknown = settings.keys() - Settings.__annotations__.keys()
     if unknown:
         raise TypeError(f"there is no setting {min(unknown)!r}: expected one of {', '.join(Settings.__annotations__)}")
@@ -102,7 +106,7 @@ class Settings(TypedDict, total=False):
 _SHARE = (math.ulp(0), 1.0, "more than 0, at most 1")
 _LOGIT = (-1e4, 1e4, "-10000 to 10000")
 _RANGES = {
-    "temperature": (0.0, math.inf, "0 or more"),
+    "temperature": (0.0, sys.float_info.max, "0 or more"),
     "top_p": _SHARE,
     "min_p": (0.0, 1.0, "0 to 1"),
     "typical_p": _SHARE,
@@ -114,8 +118,15 @@ _RANGES = {
 
 def _refuse_outside(name: str, x: object, bounds: tuple[float, float, str]) -> None:
     low, high, expected = bounds
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not (math.isfinite(x) and low <= x <= high):
-        raise InputError(f"{name} {x!r} is not possible: expected {expected}")
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or not low <= x <= high:
+        raise InputError(f"{name} {x!r:.40} is not possible: expected {expected}")
+
+
+def _whole(x: object, what: str) -> int:
+    """A whole number from 0 on, numpy's as well."""
+    if not hasattr(x, "__index__") or isinstance(x, bool) or x.__index__() < 0:
+        raise InputError(f"{what.format(x)}: expected a whole number, 0 or more")
+    return int(x.__index__())
 
 
 class Occurrences:

@@ -110,7 +110,7 @@ class Model:
             state,
             max_tokens=max_tokens,
             stop=stop,
-            sampling=changed(sampling or self.sampling, settings),
+            sampling=changed(self.sampling if sampling is None else sampling, settings),
             logits=logits,
             n_top=top_logprobs,
         )
@@ -147,7 +147,7 @@ class Model:
         """
         if self.tokenizer is None:
             raise InputError(f"{self.bundle.path} has no tokenizer: export with --tokenizer")
-        return self.tokenizer.decode(self.check_tokens(tokens).tolist()) if len(tokens) else ""
+        return self.tokenizer.decode(self.check_tokens(tokens).tolist()) if np.size(tokens) else ""
 
     def load_state(self, path: str | Path) -> State:
         """Read a state file of this model.
@@ -158,6 +158,8 @@ class Model:
 
     def check_tokens(self, tokens: Sequence[int] | Tokens) -> Tokens:
         """Give tokens as an array; onnxruntime itself would take ids out of range in silence."""
+        if isinstance(tokens, str):
+            raise InputError("this is text, and token ids are expected: model.encode gives them")
         try:
             ids = np.asarray(tokens)
         except ValueError as e:

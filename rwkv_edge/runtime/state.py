@@ -38,6 +38,9 @@ class State:
         for x in self.tensors.values():
             x.setflags(write=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return State, (self.model_id, self.n_tokens, dict(self.tensors))  # for pickle and copy
+
     def __repr__(self) -> str:
         return f"State(model {self.model_id[:12]}, n_tokens={self.n_tokens})"
 
