@@ -374,6 +374,9 @@ def run(
                 click.echo(text, nl=False)  # or nobody could tell which is whose
         ended, tokens_given = False, []
         try:
+            if len(tokens) > 2048 and max_tokens:
+                with progress_bar("reading", quiet) as progress:
+                    generation.prefill(progress)
             if as_json:
                 tokens_given.extend(generation)
                 click.echo(json.dumps(record(tokens if ids else text, tokens_given, generation)))

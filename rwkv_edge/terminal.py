@@ -210,9 +210,10 @@ def print_bench(found: Sequence[Any]) -> None:
         )
     table(head, rows)
     click.echo(
-        "\nMB: the bundle. bits: per weight. prefill, decode: tok/s, median and range. GB/s: weights that decode reads.\n"
-        "load: seconds to open it. first: seconds from nothing to the first token after the prompt. peak: MB of memory;\n"
-        "anon: without files. redone: repetitions that other programs disturbed, of prefill + decode."
+        "\nMB: the bundle. bits: per weight. prefill, decode: tok/s, median and range. GB/s: weights that\n"
+        "decode reads. load: seconds to open it. first: seconds from nothing to the first token after the\n"
+        "prompt. peak: MB of memory; anon: of it, backed by no file. redone: repetitions that other\n"
+        "programs disturbed, of prefill + decode."
     )
     if any("!" in row[-1] for row in rows):
         click.echo("! Disturbed even so, by more than a tenth of the processors' time: do not trust this row.")

@@ -127,6 +127,13 @@ class Generation:
             self._mark = state, ""
         return state
 
+    def prefill(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read the prompt now; otherwise the first token is what makes it read.
+
+        progress  called with tokens read and tokens in all
+        """
+        self._read(progress)
+
     def cut(self) -> None:
         """End here: what may have been the beginning of a stop text was not said, and is not in the state."""
         self.finish = self.finish or "cut"
@@ -182,7 +189,7 @@ class Generation:
             text += self._text.finish()
         return text
 
-    def _read(self) -> Array:
+    def _read(self, progress: Callable[[int, int], None] | None = None) -> Array:
         """Read the prompt, or the last token: the logits (V,) that follow.
 
         How far the loop has come is the loop's to say: an interrupt may have come at any moment.
@@ -191,7 +198,7 @@ class Generation:
         if loop.n_tokens < self._n_first:
             with self._model._lock:
                 loop.load(self._first)
-                loop.read(self._prompt)
+                loop.read(self._prompt, progress=progress)
             self._first = None
             self.stats.n_prompt = len(self._prompt)
             self.stats.prefill_s += time.perf_counter() - start

@@ -1,7 +1,7 @@
 """A bundle that runs: onnxruntime loops the step."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -238,8 +238,10 @@ class Loop:
             x = x.swapaxes(-1, -2)
         return x.reshape(self._spec.state_tensors[name].shape) if x.ndim != 4 else x[0]
 
-    def read(self, ids: Tokens, *, every: bool = False) -> Array:
+    def read(self, ids: Tokens, *, every: bool = False, progress: Callable[[int, int], None] | None = None) -> Array:
         """Read tokens in chunks.
+
+        progress  called with tokens read and tokens in all
 
         Returns  logits (T, V) of every token, or (1, V) of the last; valid until the next call
         """
@@ -249,6 +251,8 @@ class Loop:
             logits = self._run(chunk, every)
             if every:
                 parts.append(logits.copy())
+            if progress:
+                progress(i + len(chunk), len(ids))
         return np.concatenate(parts) if every else logits
 
     def step(self, token: int) -> Array:
