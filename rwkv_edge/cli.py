@@ -573,8 +573,10 @@ def demo(output: Path | None, quant: str, prompt: str, seed: int, force: bool, q
 
         def step(*args: object) -> None:
             """Run one command as a process of its own: its figures are then its own."""
-            sys.stdout.flush()
             say(f"\n$ rwkv-edge {shlex.join(map(str, args))}", quiet)
+            if args[0] == "run" and (quiet or not is_terminal(sys.stdout)):  # where it does not show its prompt itself
+                click.echo(prompt, nl=False)
+            sys.stdout.flush()
             done = subprocess.run([sys.executable, "-P", "-m", "rwkv_edge", *map(str, args), *["-q"] * quiet])
             if done.returncode:
                 sys.exit(done.returncode)
@@ -582,9 +584,6 @@ def demo(output: Path | None, quant: str, prompt: str, seed: int, force: bool, q
         step("export", DEMO, "--quant", quant, "-o", bundle, *["--force"] * force)
         if not quiet:
             step("check", bundle, "--against", DEMO)
-        if quiet or not is_terminal(sys.stdout):  # where run itself does not show it
-            click.echo(prompt, nl=False)
-            sys.stdout.flush()
         step("run", bundle, prompt, "--seed", seed)
     kept = f"The bundle is in {output}." if output else "The bundle was removed. To keep it: rwkv-edge demo -o stories"
     say(f"\n{kept}", quiet)

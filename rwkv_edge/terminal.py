@@ -307,7 +307,10 @@ def converse(model: Any, talk: Any, load_s: float, quiet: bool) -> None:
                 spoken = True
         except KeyboardInterrupt:
             kept = talk.generation is not None and talk.generation.stats.n_generated
-            say("\n(interrupted: the conversation goes on from here)\n" if kept else "\n(interrupted: not read)\n", quiet)
+            say("\n(interrupted: the conversation goes on from here)" if kept else "\n(interrupted: not read)\n", quiet)
+            if kept:
+                say(stats_line(model, talk.generation, None if spoken else load_s) + "\n", quiet)
+                spoken = True
         except RwkvEdgeError as e:  # a typing error must not end a conversation
             if not is_terminal(sys.stdin):
                 raise
