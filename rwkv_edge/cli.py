@@ -89,7 +89,9 @@ threads_option = click.option(
 max_tokens_option = click.option(
     "-n", "--max-tokens", type=click.IntRange(0), default=128, metavar="N", help="Tokens to generate at most."
 )
-load_state_option = click.option("--load-state", type=click.Path(path_type=Path), help="Continue from a state file.")
+load_state_option = click.option(
+    "--load-state", type=click.Path(path_type=Path), help="Go on from a state file, prompt or not."
+)
 checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 bundles_argument = click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -347,7 +349,8 @@ def run(
     \b
     rwkv-edge run model-int4 "Once upon a time"
     rwkv-edge run model-int4 - -n 0 --save-state book.state < book.txt
-    rwkv-edge run model-int4 "And then" --load-state book.state
+    rwkv-edge run model-int4 --load-state book.state
+    rwkv-edge run model-int4 " And then" --load-state book.state
     rwkv-edge run model-int4 --lines prompts.txt --json --seed 1 > out.jsonl
     rwkv-edge run model-int4 "A" --logprobs 5 -n 3 --ban " the" --bias 11=-2
 
@@ -355,7 +358,7 @@ def run(
     """
     from .runtime.state import refuse_output
 
-    texts = _prompts(prompts, files, lines)
+    texts = _prompts(prompts, files, lines, needed=not load_state)
     if save_state and len(texts) > 1:
         raise InputError("--save-state goes with one prompt: each has a state of its own")
     if save_state:
@@ -363,7 +366,7 @@ def run(
     model, load_s = _open(bundle, threads)
     state = model.load_state(load_state) if load_state else None
     settings = _by_id(model, settings)
-    reads = [model.check_tokens(_ids(text) if ids else model.encode(text)).tolist() for text in texts]  # errors come first
+    reads = [model.check_tokens(_ids(text) if ids else model.encode(text), after=state).tolist() for text in texts]
     speaks = not (as_json or ids or logprobs is not None)
     for n, (text, tokens) in enumerate(zip(texts, reads, strict=True)):
         generation = model.generate(tokens, state, max_tokens=max_tokens, stop=stop, top_logprobs=logprobs or 0, **settings)
@@ -622,10 +625,12 @@ def _open(bundle: Path, threads: int | None) -> tuple[Any, float]:
     return model, time.perf_counter() - start
 
 
-def _prompts(prompts: tuple[str, ...], files: tuple[Path, ...], lines: Path | None) -> list[str]:
+def _prompts(prompts: tuple[str, ...], files: tuple[Path, ...], lines: Path | None, *, needed: bool) -> list[str]:
     """All prompts: arguments, - being stdin, then files, then lines; with none of them, stdin if it is no terminal."""
     if not (prompts or files or lines):
         if sys.stdin is None or is_terminal(sys.stdin):
+            if not needed:
+                return [""]
             raise click.UsageError("Give a prompt: as PROMPT, with --file or --lines, or on stdin.")
         prompts = ("-",)
     texts = [_stdin() if prompt == "-" else prompt for prompt in prompts]

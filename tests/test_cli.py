@@ -116,6 +116,8 @@ def test_run_reads_stdin_and_keeps_state(bundle, tmp_path):
     assert run("run", path, "-", "-n", 0, "--save-state", tmp_path / "s", stdin="Once upon a time").stdout == ""
     continued = run("run", path, ", there was a", "--load-state", tmp_path / "s", "-n", 2, "-t", 0)
     assert continued.stdout == " little girl\n"
+    alone = run("run", path, "--load-state", tmp_path / "s", "-n", 4, "-t", 0)
+    assert alone.stdout == ", there was a\n"
     assert run("run", path, "Once upon a time", "-t", 0, "--stop", "Lily", "-q").output == ", there was a little girl named \n"
 
 
@@ -315,7 +317,7 @@ def test_errors_are_one_line(args, message):
 def test_a_prompt_is_needed(bundle):
     for prompt, stdin in (("", None), ("-", "")):
         found = run("run", bundle("demo", quant="int4"), prompt, stdin=stdin)
-        assert found.stderr == "Error: there are no tokens to read: give at least one, also when going on from a state\n"
+        assert found.stderr == "Error: there are no tokens to read: give at least one, or a state to go on from\n"
     found = run("run", bundle("demo", quant="int4"), "-", stdin=b"\xff\xfe")
     assert found.stderr == "Error: stdin is not UTF-8 text: invalid start byte at byte 0\n"
     assert found.exit_code == 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import apart
 
-from rwkv_edge import open_bundle
+from rwkv_edge import State, open_bundle
 from rwkv_edge.errors import BackendError, InputError, OutputError, StateError
 
 STORY = "Once upon a time there was a little dog who lived in a house. "
@@ -92,6 +92,34 @@ def test_generate_gives_the_state_back(exact):
     assert max(apart(state.tensors[n], fed.tensors[n]) for n in fed.tensors) <= 3e-4
     rest = list(exact.generate([whole[10]], state, max_tokens=19, temperature=0))
     assert first + [whole[10]] + [t.id for t in rest] == whole
+
+
+def test_a_state_goes_on_without_another_token(exact, tmp_path):
+    """What it would have said next: at once, from a file, and from a file of half the size."""
+    whole = [t.id for t in exact.generate(STORY, max_tokens=20, temperature=0)]
+    g = exact.generate(STORY, max_tokens=8, temperature=0)
+    assert [t.id for t in g] == whole[:8]
+    state = g.state
+    state.save(tmp_path / "s")
+    state.save(tmp_path / "half", half=True)
+    for again in (state, exact.load_state(tmp_path / "s"), exact.load_state(tmp_path / "half")):
+        for nothing in ("", []):
+            rest = exact.generate(nothing, again, max_tokens=12, temperature=0)
+            assert [t.id for t in rest] == whole[8:]
+            assert rest.stats.n_prompt == 0
+            assert rest.state.n_tokens == state.n_tokens + 12
+    logits, fed = exact.feed(exact.encode(STORY))
+    np.testing.assert_array_equal(fed.logits, logits)
+    assert next(exact.generate("", fed, temperature=0)).id == whole[0]
+    bare = State(fed.model_id, fed.n_tokens, fed.tensors)  # such as one that was trained
+    with pytest.raises(InputError, match="there are no tokens to read: give at least one, or a state to go on from"):
+        exact.generate("", bare)
+    bare.save(tmp_path / "bare")
+    assert exact.load_state(tmp_path / "bare").logits is None
+    stopped = exact.generate("Once upon a time", stop=[" Lily"], max_tokens=50, temperature=0)
+    said = "".join(t.text for t in stopped)
+    other = exact.generate("", stopped.state, max_tokens=3, temperature=0)
+    assert said + "".join(t.text for t in other) == ", there was a little girl named Lily. She"
 
 
 def test_the_state_can_be_asked_for_at_any_moment(exact):

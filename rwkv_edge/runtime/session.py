@@ -90,7 +90,7 @@ class Model:
     ) -> "Generation":
         """Read a prompt and continue it, token by token, as the result is iterated over.
 
-        prompt        text or token ids
+        prompt        text or token ids; may be empty with a state that has logits, as every one that feed or generate gave
         max_tokens    None: until the end of text
         stop          texts that end the generation and are not part of it
         logits        called before every choice with the logits (V,) and the ids given so far; returns the logits to choose
@@ -103,7 +103,7 @@ class Model:
         """
         from .generate import Generation
 
-        ids = self.check_tokens(self.encode(prompt) if isinstance(prompt, str) else prompt)
+        ids = self.check_tokens(self.encode(prompt) if isinstance(prompt, str) else prompt, after=state)
         return Generation(
             self,
             ids,
@@ -156,16 +156,21 @@ class Model:
         """
         return load_state(path, model_id=self.bundle.model_id, spec=self.spec)
 
-    def check_tokens(self, tokens: Sequence[int] | Tokens) -> Tokens:
-        """Give tokens as an array; onnxruntime itself would take ids out of range in silence."""
+    def check_tokens(self, tokens: Sequence[int] | Tokens, *, after: State | None = None) -> Tokens:
+        """Give tokens as an array; onnxruntime itself would take ids out of range in silence.
+
+        after  a state: if it has logits, there may be no tokens
+        """
         if isinstance(tokens, str):
             raise InputError("this is text, and token ids are expected: model.encode gives them")
         try:
             ids = np.asarray(tokens)
         except ValueError as e:
             raise InputError("tokens are not a flat list of whole numbers") from e
+        if ids.size == 0 and isinstance(after, State) and after.logits is not None:
+            return np.empty(0, np.int64)
         if ids.size == 0:
-            raise InputError("there are no tokens to read: give at least one, also when going on from a state")
+            raise InputError("there are no tokens to read: give at least one, or a state to go on from")
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise InputError(f"tokens are not a flat list of whole numbers, but {ids.dtype} of shape {ids.shape}")
         outside = ids[(ids < 0) | (ids >= self.spec.n_vocab)]
@@ -221,6 +226,8 @@ class Loop:
         shapes = {name: t.shape for name, t in self._spec.state_tensors.items()}
         if state is not None and {n: x.shape for n, x in state.tensors.items()} != shapes:
             raise StateError("the state's tensors are not those of this model")
+        if state is not None and state.logits is not None:
+            self.logits = state.logits.copy()
         self.n_tokens = 0 if state is None else state.n_tokens
         for name, t in self._spec.state_tensors.items():
             buffer = self._buffer(name)
@@ -229,7 +236,7 @@ class Loop:
     def state(self) -> State:
         """Copy the state out."""
         tensors = {name: self._buffer(name).copy(order="C") for name in self._spec.state_tensors}
-        return State(self._model.bundle.model_id, self.n_tokens, tensors)
+        return State(self._model.bundle.model_id, self.n_tokens, tensors, self.logits.copy() if self.n_tokens else None)
 
     def _buffer(self, name: str) -> Array:
         """The current buffer as the state's document has it: a view."""

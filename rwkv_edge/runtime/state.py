@@ -27,19 +27,21 @@ class State:
     model_id  of the model it belongs to; a state fits every bundle of that model, at any width
     n_tokens  read so far
     tensors   `{layer}.{tensor}` -> read-only float32 array, wkv as [head, value, key]
+    logits    (V,) after the last token, read-only: what going on begins with; None where they are not known
     """
 
     model_id: str
     n_tokens: int
     tensors: Mapping[str, npt.NDArray[np.float32]]
+    logits: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
-        for x in self.tensors.values():
+        for x in (*self.tensors.values(), *([] if self.logits is None else [self.logits])):
             x.setflags(write=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return State, (self.model_id, self.n_tokens, dict(self.tensors))  # for pickle and copy
+        return State, (self.model_id, self.n_tokens, dict(self.tensors), self.logits)  # for pickle and copy
 
     def __repr__(self) -> str:
         return f"State(model {self.model_id[:12]}, n_tokens={self.n_tokens})"
@@ -50,8 +52,9 @@ class State:
         Raises  OutputError if it cannot be written; StateError if it does not fit float16.
         """
         refuse_output(path)
+        named = dict(self.tensors) if self.logits is None else {**self.tensors, "logits": self.logits}
         tensors = {}
-        for name, x in self.tensors.items():
+        for name, x in named.items():
             if half and np.abs(x).max() > np.finfo(np.float16).max:
                 raise StateError(f"{name} holds {np.abs(x).max():g}, beyond float16: save without half")
             tensors[name] = x.astype(np.float16) if half else np.ascontiguousarray(x)
@@ -96,11 +99,15 @@ def load_state(path: str | Path, *, model_id: str, spec: Spec) -> State:
     if of != model_id:
         raise StateError(f"{path} belongs to another model ({str(of)[:12]}), not to this one ({model_id[:12]})")
     shapes = {name: t.shape for name, t in spec.state_tensors.items()}
+    if "logits" in tensors:
+        shapes["logits"] = (spec.n_vocab,)
     sound = {name: x.shape for name, x in tensors.items()} == shapes and digest == _digest(tensors)
     sound = sound and all(x.dtype in (np.float16, np.float32) and np.isfinite(x).all() for x in tensors.values())
     if not sound or type(n_tokens) is not int or not 0 <= n_tokens < 1 << 63:
         raise StateError(f"{path} is damaged: its tensors are not the ones that were saved")
-    return State(model_id, n_tokens, {name: tensors[name].astype(np.float32) for name in shapes})
+    read = {name: tensors[name].astype(np.float32) for name in shapes}
+    logits = read.pop("logits", None)
+    return State(model_id, n_tokens, read, logits)
 
 
 def _digest(tensors: Mapping[str, npt.NDArray[np.floating]]) -> str:
