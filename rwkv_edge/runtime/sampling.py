@@ -256,7 +256,7 @@ def most_likely(logits: Array, n: int = 1) -> Ids:
     if n_blocks < 8 or n > n_blocks // 2:
         return np.argsort(-logits, kind="stable")
     best = logits[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK).max(1)
-    likely = np.flatnonzero(logits >= np.median(best))
+    likely = np.flatnonzero(logits >= np.partition(best, n_blocks // 2)[n_blocks // 2])
     return likely[np.argsort(-logits[likely], kind="stable")]
 
 
