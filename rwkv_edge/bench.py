@@ -40,6 +40,11 @@ class Speed:
         """The one in the middle."""
         return statistics.median(self.tok_s)
 
+    @property
+    def trusted(self) -> bool:
+        """Whether no repetition that counts was disturbed."""
+        return self.share >= MIN_SHARE
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -140,7 +145,7 @@ def _measure(path: str, threads: int | None, n_prefill: int, n_decode: int, repe
     decode = _repeat(step, n_decode, repetitions, n_threads)
     peak, last = memory()
     anonymous.append(last)
-    weights = sum(t.data.nbytes + (t.scales.nbytes if t.scales else 0) for t in model.bundle.tensors.values())
+    weights = sum(t.nbytes for t in model.bundle.tensors.values())
     return Bench(
         name=Path(path).resolve().name,
         nbytes=sum(file.stat().st_size for file in Path(path).iterdir()),

@@ -86,9 +86,6 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing o
 threads_option = click.option(
     "--threads", metavar="N", type=click.IntRange(1, 256), help="Threads for matrix products.  [default: every core]"
 )
-max_tokens_option = click.option(
-    "-n", "--max-tokens", type=click.IntRange(0), default=128, metavar="N", help="Tokens to generate at most."
-)
 load_state_option = click.option(
     "--load-state", type=click.Path(path_type=Path), help="Go on from a state file, prompt or not."
 )
@@ -198,18 +195,8 @@ def quantize(
     from .convert import quantize as write
 
     output = output or _beside(checkpoint, f"-{quant}.safetensors")
-    start = time.perf_counter()
-    with progress_bar("quantizing", quiet) as progress:
-        written = write(
-            checkpoint,
-            output,
-            quant=quant,
-            block=block,
-            overrides=overrides,
-            force=force,
-            progress=progress,
-        )
-    say(written_line(written, start), quiet)
+    options: dict[str, Any] = dict(quant=quant, block=block, overrides=overrides, force=force)
+    _write("quantizing", quiet, functools.partial(write, checkpoint, output, **options))
 
 
 @cli.command()
@@ -257,23 +244,10 @@ def export(
     from .convert import export as write
 
     output = output or _beside(checkpoint, f"-{quant}" if quant else None)
-    start = time.perf_counter()
-    with progress_bar("exporting", quiet) as progress:
-        written = write(
-            checkpoint,
-            output,
-            quant=quant,
-            block=block,
-            overrides=overrides,
-            wkv=wkv,
-            tokenizer=tokenizer,
-            template=template,
-            force=force,
-            progress=progress,
-        )
-    say(written_line(written, start), quiet)
-    for note in written.notes:
-        say(note, quiet)
+    options: dict[str, Any] = dict(
+        quant=quant, block=block, overrides=overrides, force=force, wkv=wkv, tokenizer=tokenizer, template=template
+    )
+    _write("exporting", quiet, functools.partial(write, checkpoint, output, **options))
 
 
 @cli.command()
@@ -311,7 +285,7 @@ def check(bundle: Path, against: Path | None, n_tokens: int, threads: int | None
     "--file", "files", multiple=True, type=click.Path(path_type=Path), help="Read a prompt from a file. May be given again."
 )
 @click.option("--lines", type=click.Path(path_type=Path), help="Take every line of a file as a prompt.")
-@max_tokens_option
+@click.option("-n", "--max-tokens", type=click.IntRange(0), default=128, metavar="N", help="Tokens to generate at most.")
 @sampling_options
 @click.option("--stop", multiple=True, help="End before this text. May be given again.")
 @click.option(
@@ -603,6 +577,16 @@ def completion(shell: str) -> None:
     """
     completer: Any = get_completion_class(shell)
     click.echo(completer(cli, {}, "rwkv-edge", "_RWKV_EDGE_COMPLETE").source())
+
+
+def _write(label: str, quiet: bool, write: Callable[..., Any]) -> None:
+    """Write something with a bar, and say what was written."""
+    start = time.perf_counter()
+    with progress_bar(label, quiet) as progress:
+        written = write(progress=progress)
+    say(written_line(written, start), quiet)
+    for note in written.notes:
+        say(note, quiet)
 
 
 # --- inputs ---

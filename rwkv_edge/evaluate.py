@@ -14,6 +14,7 @@ import numpy.typing as npt
 from .bundle import read_bundle
 from .checkpoints import Checkpoint, open_checkpoint
 from .errors import BundleError, InputError
+from .files import utf8
 from .qtensor import QTensor
 from .reference import Weights, run_reference
 from .runtime import Model
@@ -116,10 +117,7 @@ def documents(path: str | Path) -> list[str]:
         data = path.read_bytes()
     except OSError as e:
         raise InputError(f"{path} cannot be read: {e.strerror}") from e
-    try:
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not UTF-8 text: {e.reason} at byte {e.start}") from e
+    text = utf8(data, path).replace("\r\n", "\n")
     if path.suffix == ".jsonl":
         found = _lines_of_json(path, text)
     else:
@@ -200,13 +198,8 @@ def evaluate(
     if window is not None and (type(window) is not int or window < 2):
         raise InputError(f"a window of {window} tokens predicts nothing: expected a whole number, 2 or more")
     _refuse_no_texts(texts, limit)
-    models, tokenizer = _open(bundles, threads, exact)
-    read = passages(texts, tokenizer, end_of_text=models[0].end_of_text, window=window, limit=limit)
-    feeds: list[Feeds] = [*models]
-    names = _names(bundles)
-    if against:
-        feeds.insert(0, _reference(against, models[0]))
-        names.insert(0, Path(against).name)
+    feeds, names, tokenizer, end_of_text = _open(bundles, against, threads, exact)
+    read = passages(texts, tokenizer, end_of_text=end_of_text, window=window, limit=limit)
     total, done = sum(len(p.ids) - 1 for p in read), 0
     pieces, n_tokens, n_bytes = [], [], []
     for passage in read:
@@ -245,12 +238,7 @@ def last_words(
     Source  arXiv 1606.06031; the counting is that of the official RWKV scripts
     """
     _refuse_no_texts(texts, limit)
-    models, tokenizer = _open(bundles, threads, exact)
-    feeds: list[Feeds] = [*models]
-    names = _names(bundles)
-    if against:
-        feeds.insert(0, _reference(against, models[0]))
-        names.insert(0, Path(against).name)
+    feeds, names, tokenizer, end_of_text = _open(bundles, against, threads, exact)
     nll: list[list[float]] = [[] for _ in feeds]
     right: list[list[bool]] = [[] for _ in feeds]
     texts = list(texts)[:limit]
@@ -259,7 +247,7 @@ def last_words(
         if not last:
             raise InputError(f"text {n} has no last word: {text[:40]!r}")
         before, word = text[: last.start()], last[0]
-        start = [] if models[0].end_of_text is None else [models[0].end_of_text]
+        start = [] if end_of_text is None else [end_of_text]
         ids, target = start + tokenizer.encode(before), tokenizer.encode(word)
         for k, model in enumerate(feeds):
             first, state = model.feed(ids)
@@ -293,7 +281,10 @@ def _names(bundles: Sequence[str | Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(b) for b in bundles]
 
 
-def _open(bundles: Sequence[str | Path], threads: int | None, exact: bool) -> tuple[list[Model], Tokenizer]:
+def _open(
+    bundles: Sequence[str | Path], against: str | Path | None, threads: int | None, exact: bool
+) -> tuple[list[Feeds], list[str], Tokenizer, int | None]:
+    """What is compared, the checkpoint first, with their names; the tokenizer they share, and its end of text."""
     if not bundles:
         raise InputError("there is no bundle to evaluate")
     models = []
@@ -315,7 +306,12 @@ def _open(bundles: Sequence[str | Path], threads: int | None, exact: bool) -> tu
                 "they cannot be compared"
             )
     assert first.tokenizer is not None
-    return models, first.tokenizer
+    feeds: list[Feeds] = [*models]
+    names = _names(bundles)
+    if against:
+        feeds.insert(0, _reference(against, first))
+        names.insert(0, Path(against).name)
+    return feeds, names, first.tokenizer, first.end_of_text
 
 
 def _tokenizer_sha(model: Model) -> str:

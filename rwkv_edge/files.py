@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import CheckpointError, OutputError
+from .errors import CheckpointError, InputError, OutputError
 from .qtensor import BLOCKS, Array, QTensor
 from .spec import Shape
 
@@ -23,6 +23,17 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
 }
+
+
+def utf8(data: bytes, name: object) -> str:
+    """Bytes from outside as text, without a byte order mark.
+
+    Raises  InputError
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{name} is not UTF-8 text: {e.reason} at byte {e.start}") from e
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,11 @@ class Stored:
         for record, dtype, shape in expected:
             if (record.dtype, record.shape) != (dtype, shape):
                 raise CheckpointError(f"{self.name}: found {record.dtype} {record.shape}, expected {dtype} {shape}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, scales included."""
+        return self.data.nbytes + (self.scales.nbytes if self.scales else 0)
 
     def read(self) -> Array | QTensor:
         """Read the whole tensor."""

@@ -52,10 +52,9 @@ def text_of(data: bytes, name: str) -> str:
 
     Raises  InputError
     """
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{name} is not UTF-8 text: {e.reason} at byte {e.start}") from e
+    from .files import utf8  # which brings numpy, and no help page needs that
+
+    return utf8(data, name).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def print_json(data: Any) -> None:
@@ -192,7 +191,7 @@ def print_bench(found: Sequence[Any]) -> None:
     head += ("load", "first", "peak", "anon", "redone")
     rows = []
     for b in found:
-        redone = f"{b.prefill.disturbed}+{b.decode.disturbed}" + "!" * (min(b.prefill.share, b.decode.share) < 0.9)
+        redone = f"{b.prefill.disturbed}+{b.decode.disturbed}" + "!" * (not (b.prefill.trusted and b.decode.trusted))
         rows.append(
             (
                 b.name,

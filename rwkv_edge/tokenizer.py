@@ -65,7 +65,11 @@ class JsonStream:
     """Turn ids into text as they come, never splitting a character.
 
     Some tokenizers join neighbours, so an id is decoded together with a few before it; only those are kept.
+
+    unfinished  whether the last ids may be a part of a character
     """
+
+    unfinished = False
 
     def __init__(self, tokenizer: Json, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
@@ -89,14 +93,11 @@ class JsonStream:
         new, self._shown = text[self._shown :], len(text)
         return new
 
-    @property
-    def unfinished(self) -> bool:
-        """Whether the last ids may be a part of a character."""
-        return len(self._tokenizer.decode(self._ids)) > self._shown
-
     def _whole(self, ids: list[int]) -> str:
         """The text of ids, less a last character that more bytes could finish."""
-        return self._tokenizer.decode(ids).removesuffix("\ufffd")
+        text = self._tokenizer.decode(ids)
+        self.unfinished = text.endswith("\ufffd")
+        return text.removesuffix("\ufffd")
 
 
 class World:

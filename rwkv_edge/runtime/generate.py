@@ -170,18 +170,19 @@ class Generation:
         text, new, stopped = self._text.push(token)
         # What is, or may be, a stop begins so many characters from the end of `before + new`.
         n = len(before) + len(new) - len(text) if stopped else len(self._text.held)
-        if self._text.stop and (n or self._text.unfinished):
+        unfinished = bool(self._text.stop) and self._text.unfinished
+        if n or unfinished:
             # where `new` begins: in this token, which the state has not read, or in the ones of its first character
             state, since = self._character or (self._loop.state(), "")
-            if n and (n <= len(new) or self._mark is None):
+            if not n:
+                self._mark = None
+            elif n <= len(new) or self._mark is None:
                 self._mark = state, since + new[: len(new) - n]
-            elif n and self._mark:
+            else:
                 self._mark = self._mark[0], self._mark[1] + text
-            self._character = (state, since + new) if self._text.unfinished else None
-        if not n:
-            self._mark = None
-        if not self._text.unfinished:
-            self._character = None
+            self._character = (state, since + new) if unfinished else None
+        else:
+            self._mark = self._character = None
         if stopped:
             self.finish = "stop"
         elif self.stats.n_generated == self._max_tokens:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle import Bundle, read_bundle
-from ..errors import BackendError, BundleError, InputError, StateError
+from ..errors import BackendError, InputError, StateError
 from ..tokenizer import open_tokenizer
 from .sampling import Sampling, Settings, changed
 from .state import State, load_state
@@ -51,10 +51,7 @@ class Model:
         about = bundle.manifest["tokenizer"]
         self.tokenizer = open_tokenizer(bundle.path / about["file"]) if about else None
         self.end_of_text: int | None = about["end_of_text"] if about else None
-        try:
-            self.sampling = Sampling(**bundle.manifest["sampling"])
-        except InputError as e:
-            raise BundleError(f"{bundle.path} is damaged: its {e}") from e
+        self.sampling = Sampling(**bundle.manifest["sampling"])
         self._graph = bundle.graph(role)
         self._session = _session(bundle.path / self._graph["file"], self._graph["needs"], threads, spin)
         self._lock = threading.Lock()
@@ -137,8 +134,7 @@ class Model:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one step reads: all but the embedding, of which it reads a row."""
-        tensors = self.bundle.tensors
-        return sum(t.data.nbytes + (t.scales.nbytes if t.scales else 0) for n, t in tensors.items() if n != "emb.weight")
+        return sum(t.nbytes for name, t in self.bundle.tensors.items() if name != "emb.weight")
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Give the text of token ids; bytes that are no UTF-8 become U+FFFD.
