@@ -57,9 +57,25 @@ class Numpy:
         d = p - x
         return tuple(x + d * m for m in mu)
 
+    def next_token(self, x: Array) -> Array:
+        """Give for every token the one after it, for the last one the first."""
+        return np.roll(x, -1, axis=1)
+
+    def first_token(self, x: Array) -> Array:
+        """(1, T, H, N) -> (1, 1, H, N)."""
+        return x[:, :1]
+
+    def for_tokens(self, x: Array, like: Array) -> Array:
+        """The same for every token: (H, N) -> (1, T, H, N)."""
+        return np.broadcast_to(x, like.shape)
+
     def take_tokens(self, x: Array, positions: Array) -> Array:
         """Keep some tokens only: (1, T, C), (P,) -> (1, P, C)."""
         return x[:, positions]
+
+    def split(self, x: Array, n: int) -> list[Array]:
+        """Cut channels into n equal parts."""
+        return np.split(x, n, axis=-1)
 
     def rows(self, x: Array) -> Array:
         """(1, P, V) -> (P, V)."""
@@ -75,13 +91,17 @@ class Numpy:
         return np.tanh(x)
 
     def exp(self, x: Array) -> Array:
-        return np.exp(x)
+        return np.exp(x, dtype=self.dtype)
 
     def log(self, x: Array) -> Array:
         return np.log(x)
 
     def maximum(self, x: Array, floor: float) -> Array:
         return np.maximum(x, floor)
+
+    def larger(self, x: Array, y: Array) -> Array:
+        """The larger of two, by element."""
+        return np.maximum(x, y)
 
     def relu_squared(self, x: Array) -> Array:
         """max(x, 0)^2."""
@@ -117,6 +137,10 @@ class Numpy:
         """(1, T, C) -> (1, T, H, N)."""
         return x.reshape(1, x.shape[1], self.n_head, -1)
 
+    def by_heads(self, x: Array) -> Array:
+        """One number for every head, (H,), or channel, (H, N), to go with (1, T, H, N)."""
+        return x.reshape(self.n_head, -1)
+
     def merge_heads(self, x: Array) -> Array:
         """(1, T, H, N) -> (1, T, C)."""
         return x.reshape(1, x.shape[1], -1)
@@ -132,7 +156,7 @@ class Numpy:
         ys = []
         for t in range(xs[0].shape[1]):
             y, S = one(S, *(x[:, t] for x in xs))
-            ys.append(y[..., 0])
+            ys.append(y.reshape(xs[0][:, t].shape))
         return np.stack(ys, axis=1), S
 
     def row(self, x: Array) -> Array:
@@ -143,15 +167,23 @@ class Numpy:
         """One token's heads as columns, (1, H, N, 1)."""
         return x[:, :, :, None]
 
+    def uncol(self, x: Array) -> Array:
+        """A column of one token's heads, (1, H, N, 1), as its result."""
+        return x[..., 0]
+
     # --- the WKV, in chunks: (1, H, T, N) ---
 
     def transpose(self, x: Array) -> Array:
         """Exchange the last two axes."""
         return x.swapaxes(-1, -2)
 
-    def cumsum(self, x: Array) -> Array:
-        """Running sum over tokens."""
-        return x.cumsum(axis=2)
+    def cumsum(self, x: Array, *, exclusive: bool = False, reverse: bool = False) -> Array:
+        """Running sum over tokens; exclusive of the token itself, reversed from the end."""
+        x = x[:, :, ::-1] if reverse else x
+        y = x.cumsum(axis=2)
+        if exclusive:
+            y = np.concatenate([np.zeros_like(y[:, :, :1]), y[:, :, :-1]], axis=2)
+        return y[:, :, ::-1] if reverse else y
 
     def last_token(self, x: Array) -> Array:
         """(1, H, T, N) -> (1, H, 1, N)."""
@@ -160,6 +192,12 @@ class Numpy:
     def tril(self, x: Array, k: int) -> Array:
         """Keep what lies on or below the k-th diagonal: (1, H, T, T)."""
         return np.tril(x, k)
+
+    def decayed_products(self, r: Array, k: Array, ln_w: Array) -> Array:
+        """Sum over n of r_tn k_sn exp(the sum of ln_w_jn over s < j < t), for s < t: (1, T, H, N) -> (1, H, T, T)."""
+        T = r.shape[1]
+        decay = np.exp(np.tensordot(_between(T, inclusive=False).astype(r.dtype), ln_w[0], 1))  # (T, T, H, N)
+        return np.tril((r[0, :, None] * k * decay).sum(-1).transpose(2, 0, 1)[None], -1)
 
     def invert_unit_lower(self, A: Array) -> Array:
         """(I + tril(A, -1))^-1, (1, H, T, T), by doubling the inverted diagonal blocks."""
@@ -201,3 +239,48 @@ class Numpy:
             S = D + beta[t % 2] * (self.col(key[:, t]) @ rest)
             ys.append((self.row(query[:, t]) @ S)[:, :, 0])
         return np.stack(ys, axis=1), S
+
+    def gated(self, S: Array, *, query: Array, key: Array, value: Array, log_decay: Array) -> tuple[Array, Array]:
+        """S <- diag(exp(log_decay)) S + key value^T, y = S^T query, for every token.
+
+        S  (1, H, N, N), [key, value]
+
+        Source  onnxruntime, docs/ContribOperators.md, com.microsoft.LinearAttention, update_rule gated
+        """
+        ys = []
+        for t in range(query.shape[1]):
+            S = S * self.col(np.exp(log_decay[:, t])) + self.col(key[:, t]) @ self.row(value[:, t])
+            ys.append((self.row(query[:, t]) @ S)[:, :, 0])
+        return np.stack(ys, axis=1), S
+
+    # --- decayed sums by channel: (1, T, C), first values (1, 1, C) ---
+
+    def running_max(self, k: Array, w: Array, p: Array) -> Array:
+        """p_t = max(p_(t-1) + w, k_t), from p before the first token."""
+        ps = []
+        for t in range(k.shape[1]):
+            p = np.maximum(p + w, k[:, t : t + 1])
+            ps.append(p)
+        return np.concatenate(ps, axis=1)
+
+    def decayed_sums(self, a: Array, b: Array, log_decay: Array, key: Array, value: Array) -> tuple[Array, Array]:
+        """a_t = exp(log_decay_t) a_(t-1) + key_t value_t, and b_t without the value, for every token."""
+        D = np.exp(np.tensordot(_between(key.shape[1], inclusive=True).astype(key.dtype), log_decay[0], 1))  # (T, T, C)
+        D = np.where(np.tri(len(D), dtype=bool)[..., None], D, 0)
+        first = np.exp(log_decay.cumsum(axis=1))
+        return first * a + (D * key * value).sum(1)[None], first * b + (D * key).sum(1)[None]
+
+    def decayed_sums_gated(self, a: Array, b: Array, log_decay: Array, key: Array, value: Array) -> tuple[Array, Array]:
+        """The same, one token after the other, as onnxruntime's gated rule does it."""
+        sums = []
+        for t in range(key.shape[1]):
+            d, k, v = (x[:, t : t + 1] for x in (log_decay, key, value))
+            a, b = np.exp(d) * a + k * v, np.exp(d) * b + k
+            sums.append((a, b))
+        return np.concatenate([s[0] for s in sums], axis=1), np.concatenate([s[1] for s in sums], axis=1)
+
+
+def _between(T: int, *, inclusive: bool) -> npt.NDArray[np.bool_]:
+    """Which tokens j decay what token s wrote until t reads it: s < j < t, or s < j <= t; (t, s, j)."""
+    t, s, j = np.ogrid[:T, :T, :T]
+    return (s < j) & ((j <= t) if inclusive else (j < t))

@@ -1,4 +1,4 @@
-"""Small RWKV-7 checkpoints of any shape, the same in every process and numpy, and torch's zip files without torch."""
+"""Small checkpoints of every version and shape, the same in every process and numpy, and torch's zip files without torch."""
 
 import io
 import math
@@ -16,6 +16,14 @@ SHAPES = {
     "plain": dict(n_layer=3, n_head=2, head_size=64, n_ffn=512, n_vocab=96, ranks=(32, 32, 16, 48), layer0_v=False),
     "one-head": dict(n_layer=2, n_head=1, head_size=64, n_ffn=256, n_vocab=40, ranks=(8, 6, 2, 12), layer0_v=True),
 }
+# the same of the versions before; ranks of time_maa and time_decay in 6
+BEFORE_7 = {
+    "v4": dict(version="4", n_layer=2, n_embd=48, n_ffn=160, n_vocab=61),
+    "v5.0": dict(version="5.0", n_layer=2, n_head=3, head_size=16, n_ffn=160, n_vocab=61),
+    "v5.1": dict(version="5.1", n_layer=2, n_head=3, head_size=16, n_ffn=144, n_vocab=61),
+    "v5.2": dict(version="5.2", n_layer=2, n_head=3, head_size=16, n_ffn=144, n_vocab=61),
+    "v6": dict(version="6", n_layer=2, n_head=3, head_size=16, n_ffn=144, n_vocab=61, ranks=(5, 7)),
+}
 WORLD = dict(n_layer=1, n_head=1, head_size=16, n_ffn=32, n_vocab=65536, ranks=(2, 2, 2, 2), layer0_v=False)
 
 
@@ -31,20 +39,35 @@ def uniform(name, shape, low=-1.0, high=1.0):
     return (unit * np.float32(high - low) + np.float32(low)).reshape(shape)
 
 
-def weights(*, n_layer, n_head, head_size, n_ffn, n_vocab, ranks, layer0_v):
+def weights(version="7", **sizes):
     """Official names and shapes; scaled so that activations are lively and the state matters."""
-    C = n_head * head_size
     w = {}
 
     def normal(name, shape, std, mean=0.0):
         w[name] = uniform(name, shape, mean - 1.73 * std, mean + 1.73 * std)
 
+    if version == "7":
+        weights7(w, normal, **sizes)
+    else:
+        weights_before_7(w, normal, version, **sizes)
+    return w
+
+
+def outer(normal, n_layer, C, n_vocab):
+    """What every version has around and between time mix and channel mix."""
     normal("emb.weight", (n_vocab, C), 0.5)
+    norms = ["blocks.0.ln0", "ln_out", *(f"blocks.{i}.ln{n}" for i in range(n_layer) for n in "12")]
+    for name in norms:
+        normal(f"{name}.weight", (C,), 0.1, 1.0)
+        normal(f"{name}.bias", (C,), 0.05)
+    normal("head.weight", (n_vocab, C), 2.0 / math.sqrt(C))
+
+
+def weights7(w, normal, *, n_layer, n_head, head_size, n_ffn, n_vocab, ranks, layer0_v):
+    C = n_head * head_size
+    outer(normal, n_layer, C, n_vocab)
     for i in range(n_layer):
         b = f"blocks.{i}."
-        for ln in ("ln0", "ln1", "ln2") if i == 0 else ("ln1", "ln2"):
-            normal(f"{b}{ln}.weight", (C,), 0.1, 1.0)
-            normal(f"{b}{ln}.bias", (C,), 0.05)
         a = f"{b}att."
         for c in "rwkvag":
             w[f"{a}x_{c}"] = uniform(f"{a}x_{c}", (1, 1, C), 0.0, 1.0)
@@ -66,10 +89,38 @@ def weights(*, n_layer, n_head, head_size, n_ffn, n_vocab, ranks, layer0_v):
         w[f"{b}ffn.x_k"] = uniform(f"{b}ffn.x_k", (1, 1, C), 0.0, 1.0)
         normal(f"{b}ffn.key.weight", (n_ffn, C), 1 / math.sqrt(C))
         normal(f"{b}ffn.value.weight", (C, n_ffn), 0.4 / math.sqrt(n_ffn))
-    normal("ln_out.weight", (C,), 0.1, 1.0)
-    normal("ln_out.bias", (C,), 0.05)
-    normal("head.weight", (n_vocab, C), 2.0 / math.sqrt(C))
-    return w
+
+
+def weights_before_7(w, normal, version, *, n_layer, n_ffn, n_vocab, n_embd=0, n_head=0, head_size=0, ranks=()):
+    C = n_embd or n_head * head_size
+    outer(normal, n_layer, C, n_vocab)
+    mix = "time_maa" if version == "6" else "time_mix"
+    per = {"4": (C,), "6": (1, 1, C), "5.2": (n_head, head_size)}.get(version, (n_head,))  # decay and bonus
+    for i in range(n_layer):
+        a, f = f"blocks.{i}.att.", f"blocks.{i}.ffn."
+        names = [f"{a}{mix}_{c}" for c in {"4": "rkv", "5.0": "rkv", "6": "xwkvrg"}.get(version, "rkvg")]
+        for name in [*names, f"{f}{mix}_k", f"{f}{mix}_r"]:
+            w[name] = uniform(name, (1, 1, C), 0.0, 1.0)
+        if version == "6":
+            normal(f"{a}time_maa_w1", (C, 5 * ranks[0]), 1 / math.sqrt(C))
+            normal(f"{a}time_maa_w2", (5, ranks[0], C), 0.5 / math.sqrt(ranks[0]))
+            normal(f"{a}time_decay_w1", (C, ranks[1]), 1 / math.sqrt(C))
+            normal(f"{a}time_decay_w2", (ranks[1], C), 1 / math.sqrt(ranks[1]))
+        w[f"{a}time_decay"] = uniform(f"{a}time_decay", per, -6.0, 1.5)
+        first = "time_first" if version in ("4", "5.0") else "time_faaaa"
+        normal(f"{a}{first}", (n_head, head_size) if version == "6" else per, 0.5, -0.5)
+        for m in ("receptance", "key", "value", *(["gate"] if version in ("5.1", "5.2", "6") else [])):
+            normal(f"{a}{m}.weight", (C, C), (2 if version == "4" else 1) / math.sqrt(C))
+        normal(f"{a}output.weight", (C, C), 1.5 / math.sqrt(C))
+        if version != "4":
+            normal(f"{a}ln_x.weight", (C,), 0.1, 1.0)
+            normal(f"{a}ln_x.bias", (C,), 0.05)
+        normal(f"{f}key.weight", (n_ffn, C), 1 / math.sqrt(C))
+        normal(f"{f}receptance.weight", (C, C), 1 / math.sqrt(C))
+        normal(f"{f}value.weight", (C, n_ffn), 0.8 / math.sqrt(n_ffn))
+
+
+SHAPES |= BEFORE_7
 
 
 def tokens(n, n_vocab):

@@ -261,19 +261,28 @@ def test_weights_that_are_not_a_model(change, message, tmp_path):
         ("_strategy", "converted by ChatRWKV"),
         ("blocks.0.ffn.s_emb.weight", "RWKV-7a (DeepEmbed)"),
         ("blocks.0.ffn.enn.weight", "RWKV-7b research model"),
-        ("blocks.0.att.time_maa_x", "is an RWKV-6"),
-        ("blocks.0.att.ln_x.weight", "is an RWKV-5"),
-        ("blocks.0.att.time_mix_k", "is an RWKV-4"),
+        ("blocks.3.qkv.weight", "has attention layers besides RWKV's"),
+        ("blocks.0.rosa_qkv.weight", "RWKV-8 ROSA research model"),
+        ("blocks.0.ln3.weight", "has a third norm per layer"),
         ("blocks.0.att.time_state", "is an initial state, not a model"),
         ("blocks.0.att.key.lora_A", "is a LoRA, not a model"),
-        ("model.layers.0.self_attn.q_proj.weight", "is not an RWKV checkpoint"),
+        ("model.layers.0.self_attn.q_proj.weight", "has attention layers: a hybrid"),
+        ("model.layers.0.mlp.up_proj.weight", "is not an RWKV checkpoint"),
     ],
 )
-def test_other_versions_are_refused_by_the_key_that_decided(key, message):
+def test_other_files_are_refused_by_the_key_that_decided(key, message):
     with pytest.raises(CheckpointError) as e:
         detect([key, "emb.weight"])
     assert message in str(e.value)
     assert key in str(e.value)
+
+
+def test_tensors_of_two_versions_are_refused():
+    names = ["emb.weight", "blocks.0.att.r_k", "blocks.3.att.time_maa_x"]
+    with pytest.raises(
+        CheckpointError, match=r"more than one version of RWKV \('blocks.0.att.r_k' and 'blocks.3.att.time_maa_x'\)"
+    ):
+        detect(names)
 
 
 def header(entries, body=b"\0" * 64):

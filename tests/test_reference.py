@@ -1,14 +1,12 @@
 """Our numbers against the rwkv package's, live: `make reference`. Needs torch."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import factory
 import numpy as np
 import pytest
 from conftest import DEMO, REFERENCE, apart
+from make_goldens import run_in_a_process
 
 from rwkv_edge.checkpoints import open_checkpoint
 from rwkv_edge.reference import run_reference
@@ -19,24 +17,18 @@ SHAPES = {
     **factory.SHAPES,
     "small-heads": dict(n_layer=3, n_head=6, head_size=8, n_ffn=160, n_vocab=50, ranks=(3, 4, 5, 6), layer0_v=False),
     "wide": dict(n_layer=4, n_head=4, head_size=64, n_ffn=1024, n_vocab=300, ranks=(64, 64, 32, 128), layer0_v=False),
+    "v4 wide": dict(version="4", n_layer=3, n_embd=128, n_ffn=512, n_vocab=300),
+    "v4 odd": dict(version="4", n_layer=2, n_embd=36, n_ffn=100, n_vocab=33),
+    "v5.0 heads of 8": dict(version="5.0", n_layer=3, n_head=5, head_size=8, n_ffn=160, n_vocab=50),
+    "v5.0 heads of 64": dict(version="5.0", n_layer=2, n_head=2, head_size=64, n_ffn=512, n_vocab=96),
+    "v5.1 heads of 8": dict(version="5.1", n_layer=3, n_head=5, head_size=8, n_ffn=140, n_vocab=50),
+    "v5.1 heads of 64": dict(version="5.1", n_layer=2, n_head=2, head_size=64, n_ffn=448, n_vocab=96),
+    "v5.2 heads of 8": dict(version="5.2", n_layer=3, n_head=5, head_size=8, n_ffn=140, n_vocab=50),
+    "v5.2 heads of 64": dict(version="5.2", n_layer=2, n_head=2, head_size=64, n_ffn=448, n_vocab=96),
+    "v6 heads of 8": dict(version="6", n_layer=3, n_head=5, head_size=8, n_ffn=140, n_vocab=50, ranks=(3, 11)),
+    "v6 heads of 64": dict(version="6", n_layer=2, n_head=2, head_size=64, n_ffn=448, n_vocab=96, ranks=(32, 64)),
     "one-layer": dict(n_layer=1, n_head=2, head_size=16, n_ffn=96, n_vocab=33, ranks=(4, 4, 4, 4), layer0_v=True),
 }
-
-
-def rwkv(pth, ids, folder, one_by_one):
-    """Run the rwkv package in a process of its own: its switches are set at import."""
-    out = folder / "out.npz"
-    code = (
-        "import sys, json, numpy as np; from pathlib import Path\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r}); from make_goldens import run_rwkv\n"
-        "logits, state = run_rwkv(Path(sys.argv[1]), json.loads(sys.argv[2]), one_by_one=sys.argv[4] == '1')\n"
-        "np.savez(sys.argv[3], logits=logits, **state)\n"
-    )
-    args = [str(pth), json.dumps(ids), str(out), "1" if one_by_one else "0"]
-    subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
-    with np.load(out) as f:
-        state = dict(f)
-    return state.pop("logits"), state
 
 
 @pytest.mark.parametrize("one_by_one", [True, False], ids=["token by token", "sequence"])
@@ -45,7 +37,7 @@ def test_the_rwkv_package_agrees(name, one_by_one, tmp_path):
     pth = DEMO if name == "demo" else factory.write_pth(tmp_path / "m.pth", factory.weights(**SHAPES[name]), "fp32")
     checkpoint = open_checkpoint(pth)
     ids = factory.tokens(160, checkpoint.spec.n_vocab)
-    expected, end = rwkv(pth, ids, tmp_path, one_by_one)
+    expected, end = run_in_a_process(pth, ids, version=checkpoint.spec.version, one_by_one=one_by_one)
     logits, state = run_reference(checkpoint.spec, {n: t.read() for n, t in checkpoint.tensors.items()}, ids)
     assert apart(logits, expected) <= REFERENCE
     assert max(apart(state[n], x) for n, x in end.items()) <= REFERENCE

@@ -81,16 +81,32 @@ def _canonical(path: Path, records: dict[str, Record]) -> Checkpoint:
         model = detect(records)
         tensors: dict[str, Stored] = {}
         for name, record in records.items():
+            last = name.split(".")[-1]
             if name in model.UNUSED:
                 continue
-            shape = record.shape[2:] if len(record.shape) == 3 and record.shape[:2] == (1, 1) else record.shape
-            transposed = name.split(".")[-1] in model.INPUTS_FIRST and len(shape) == 2
-            flat = Record(record.path, record.offset, record.dtype, shape)
-            tensors[name] = Stored(name, shape[::-1] if transposed else shape, flat, transposed)
+            for part, flat in _parts(name, record, model.STACKED.get(last, "")):
+                transposed = last in model.INPUTS_FIRST and len(flat.shape) == 2
+                tensors[part] = Stored(part, flat.shape[::-1] if transposed else flat.shape, flat, transposed)
         spec: Spec = model.spec({name: t.shape for name, t in tensors.items()})
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
     return Checkpoint(path, spec, {name: tensors[name] for name in spec.weights})
+
+
+def _parts(name: str, record: Record, letters: str) -> list[tuple[str, Record]]:
+    """A tensor without its outer axes of one; or the matrices that are stacked in it, `name.letter`."""
+    shape = record.shape
+    if letters and len(shape) == 3 and shape[0] == len(letters):
+        size = record.nbytes // len(letters)
+        return [
+            (f"{name}.{c}", Record(record.path, record.offset + i * size, record.dtype, shape[1:]))
+            for i, c in enumerate(letters)
+        ]
+    if len(shape) == 3 and shape[:2] == (1, 1):
+        shape = shape[2:]
+    elif len(shape) == 3 and shape[1:] == (1, 1):
+        shape = shape[:1]
+    return [(name, Record(record.path, record.offset, record.dtype, shape))]
 
 
 def _quantized(path: Path, records: dict[str, Record], text: str) -> Checkpoint:

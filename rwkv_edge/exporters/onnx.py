@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 OPSET = 21
 MIN_ONNXRUNTIME = "1.25.1"  # the first wheels with com.microsoft.LinearAttention
 WKV_FORMS = {
-    "attention": ("linear_attention", 256),  # onnxruntime's operator: the fastest
-    "plain": ("chunk", 64),  # plain operations only
-    "step": ("step", 1),  # plain operations, one token a call
+    "attention": "linear_attention",  # onnxruntime's operator: the fastest
+    "plain": "chunk",  # plain operations only
+    "step": "step",  # plain operations, one token a call
 }
 _PAGE, _LINE = 4096, 64
 
@@ -106,6 +106,9 @@ class Value:
     def __rmul__(self, other: Any) -> "Value":
         return self.f.binary("Mul", other, self)
 
+    def __truediv__(self, other: Any) -> "Value":
+        return self.f.binary("Div", self, other)
+
     def __matmul__(self, other: Any) -> "Value":
         return self.f.node("MatMul", self, other)
 
@@ -143,7 +146,8 @@ class Onnx:
     """
 
     def __init__(self, spec: Spec, layout: Layout, wkv: str, *, exact: bool) -> None:
-        self.wkv_form, self.max_tokens = WKV_FORMS[wkv]
+        self.wkv_form = WKV_FORMS[wkv]
+        self.max_tokens: int = model_of(spec.version).MAX_TOKENS[self.wkv_form]
         self.layout, self.exact = layout, exact
         self.C, self.H, self.N, self.V = spec.n_embd, spec.n_head, spec.head_size, spec.n_vocab
         self.g = _Recording()
@@ -195,7 +199,7 @@ class Onnx:
     def binary(self, op: str, x: Any, y: Any) -> Value:
         a, b = (self.head_vector(z) if isinstance(z, Parameter) else self.value(z) for z in (x, y))
         if "column" in (a.form, b.form):
-            a, b = (z if z.form == "column" else self.split(z) for z in (a, b))
+            a, b = (z if z.form == "column" else self.unpack(z) for z in (a, b))
             return self.node(op, a, b, form="split")
         if {a.form, b.form} == {"packed", "split"}:
             a, b = self.pack(a), self.pack(b)
@@ -269,8 +273,8 @@ class Onnx:
     def token_shift(self, x: Value, x_last: Value) -> tuple[Value, Value]:
         if self.max_tokens == 1:
             return x_last, x
-        joined = self.node("Concat", x_last, x, axis=1)
-        return self.slice(joined, 0, -1, 1), self.slice(joined, -1, _INT64_MAX, 1)
+        joined = self.node("Concat", self.pack(x_last) if x.form == "packed" else x_last, x, axis=1)
+        return self.slice(joined, 0, -1, 1, form=x.form), self.slice(joined, -1, _INT64_MAX, 1, form=x.form)
 
     def lerp(self, x: Value, p: Value, *mu: Parameter) -> tuple[Value, ...]:
         d = self.node("Sub", p, x)
@@ -280,8 +284,22 @@ class Onnx:
         z = self.node("Add", x, self.node("Mul", d, stacked))
         return tuple(self.nodes("Split", z, n=len(mu), axis=0, num_outputs=len(mu)))
 
+    def next_token(self, x: Value) -> Value:
+        x = self.pack(x)
+        joined = self.node("Concat", x, self.first_token(x), axis=1, form="packed")
+        return self.slice(joined, 1, _INT64_MAX, 1, form="packed")
+
+    def first_token(self, x: Value) -> Value:
+        return self.slice(self.pack(x), 0, 1, 1, form="packed")
+
+    def for_tokens(self, x: Value, like: Value) -> Value:
+        return self.node("Expand", self.reshape(x, 1, 1, -1), self.node("Shape", self.pack(like)), form="packed")
+
     def take_tokens(self, x: Value, positions: Value) -> Value:
         return self.node("Gather", x, positions, axis=1)
+
+    def split(self, x: Value, n: int) -> list[Value]:
+        return self.nodes("Split", x, n=n, axis=-1, num_outputs=n)
 
     def rows(self, x: Value) -> Value:
         return self.reshape(x, -1, self.V)
@@ -294,7 +312,8 @@ class Onnx:
     def tanh(self, x: Value) -> Value:
         return self.node("Tanh", x, form=x.form)
 
-    def exp(self, x: Value) -> Value:
+    def exp(self, x: Value | Parameter) -> Value:
+        x = self.value(x)
         return self.node("Exp", x, form=x.form)
 
     def log(self, x: Value) -> Value:
@@ -302,6 +321,9 @@ class Onnx:
 
     def maximum(self, x: Value, floor: float) -> Value:
         return self.node("Max", x, floor, form=x.form)
+
+    def larger(self, x: Value, y: Value) -> Value:
+        return self.binary("Max", x, y)
 
     def relu_squared(self, x: Value) -> Value:
         x = self.node("Relu", x)
@@ -323,22 +345,28 @@ class Onnx:
     def head_norm(self, x: Value, weight: Parameter, bias: Parameter, *, eps: float) -> Value:
         shape = (self.H, self.N)
         w, b = self.vector(weight, shape=shape), self.vector(bias, shape=shape)
-        return self.node("LayerNormalization", self.split(x), w, b, axis=-1, epsilon=eps, form="split")
+        return self.node("LayerNormalization", self.unpack(x), w, b, axis=-1, epsilon=eps, form="split")
 
     def l2_normalize(self, x: Value, *, eps: float) -> Value:
-        x = self.split(x)
+        x = self.unpack(x)
         norm = self.node("ReduceL2", x, self.constant((-1,)), keepdims=1)
         return self.node("Div", x, self.node("Max", norm, eps), form="split")
 
     def sum(self, x: Value) -> Value:
-        return self.node("ReduceSum", self.split(x), self.constant((-1,)), keepdims=1, form="column")
+        return self.node("ReduceSum", self.unpack(x), self.constant((-1,)), keepdims=1, form="column")
 
     # --- by heads ---
 
     def heads(self, x: Value) -> Value:
         return Value(self, x.name, "packed")
 
-    def split(self, x: Value) -> Value:
+    def by_heads(self, x: Parameter) -> Value:
+        if len(x.shape) == 2:
+            return self.head_vector(x)
+        per_head = self.vector(x, shape=(self.H, 1))
+        return self.reshape(self.node("Expand", per_head, self.constant((self.H, self.N))), self.C)
+
+    def unpack(self, x: Value) -> Value:
         return x if x.form == "split" else self.reshape(x, 1, -1, self.H, self.N, form="split")
 
     def pack(self, x: Value) -> Value:
@@ -350,13 +378,12 @@ class Onnx:
     def heads_first(self, x: Value) -> Value:
         if x.form == "tokens":  # (1, H, T, N), from here
             return self.node("Transpose", x, perm=[0, 2, 1, 3], form="split")
-        return self.node("Transpose", self.split(x), perm=[0, 2, 1, 3])
+        return self.node("Transpose", self.unpack(x), perm=[0, 2, 1, 3])
 
     # --- the WKV, step by step: one token a call ---
 
     def each_token(self, one: Callable[..., tuple[Value, Value]], S: Value, *xs: Value) -> tuple[Value, Value]:
-        y, S = one(S, *xs)
-        return self.reshape(y, 1, 1, self.H, self.N, form="split"), S
+        return one(S, *xs)
 
     def row(self, x: Value) -> Value:
         return self.reshape(x, 1, self.H, 1, self.N)
@@ -364,13 +391,16 @@ class Onnx:
     def col(self, x: Value) -> Value:
         return self.reshape(x, 1, self.H, self.N, 1)
 
+    def uncol(self, x: Value) -> Value:
+        return self.reshape(x, 1, 1, self.H, self.N, form="split")
+
     # --- the WKV, in chunks: (1, H, T, N) ---
 
     def transpose(self, x: Value) -> Value:
         return self.node("Transpose", x, perm=[0, 1, 3, 2])
 
-    def cumsum(self, x: Value) -> Value:
-        return self.node("CumSum", x, self.constant((2,), ()))
+    def cumsum(self, x: Value, *, exclusive: bool = False, reverse: bool = False) -> Value:
+        return self.node("CumSum", x, self.constant((2,), ()), exclusive=int(exclusive), reverse=int(reverse))
 
     def last_token(self, x: Value) -> Value:
         return self.slice(x, -1, _INT64_MAX, 2)
@@ -386,12 +416,29 @@ class Onnx:
             s *= 2
         return X
 
+    def decayed_products(self, r: Value, k: Value, ln_w: Value) -> Value:
+        decay = self.node("Exp", self.node("MatMul", self._between(inclusive=False), self.pack(ln_w)))  # (T, T, C)
+        by_token = self.reshape(self.pack(r), -1, 1, self.C)
+        products = self.node("Mul", self.node("Mul", by_token, self.pack(k)), decay)
+        summed = self.node("ReduceSum", self.reshape(products, 0, 0, self.H, self.N), self.constant((-1,)), keepdims=0)
+        return self.tril(self.node("Transpose", summed, perm=[2, 0, 1]), -1)
+
     def _mask(self, where: Callable[[int, int], bool]) -> Value:
-        """Ones where the condition on row and column holds, (T, T): cropped from the largest."""
+        """Ones where the condition on row and column holds, (T, T)."""
         n = range(self.max_tokens)
-        whole = self.constant([float(where(i, j)) for i in n for j in n], (len(n), len(n)))
-        T = self.node("Shape", self.tokens)
-        return self.slice(self.slice(whole, 0, T, 0), 0, T, 1)
+        return self._cropped([float(where(i, j)) for i in n for j in n], 2)
+
+    def _between(self, *, inclusive: bool) -> Value:
+        """Ones for the tokens j that decay what s wrote until t reads it, s < j < t or s < j <= t: (T, T, T) by t, s, j."""
+        n = range(self.max_tokens)
+        return self._cropped([float(s < j < t + inclusive) for t in n for s in n for j in n], 3)
+
+    def _cropped(self, values: Sequence[float], rank: int) -> Value:
+        """A constant for the most tokens, cut to as many as there are on every axis."""
+        x = self.constant(values, (self.max_tokens,) * rank)
+        for axis in range(rank):
+            x = self.slice(x, 0, self.node("Shape", self.tokens), axis)
+        return x
 
     # --- the WKV, as linear attention ---
 
@@ -415,6 +462,51 @@ class Onnx:
             update_rule="gated_delta",
         )
         return Value(self, y.name, "packed"), S
+
+    def gated(self, S: Value, *, query: Value, key: Value, value: Value, log_decay: Value) -> tuple[Value, Value]:
+        inputs = (self.pack(x) for x in (query, key, value))
+        y, S = self._linear_attention(*inputs, S, self.pack(log_decay), heads=self.H)
+        return Value(self, y.name, "packed"), S
+
+    def _linear_attention(self, *inputs: Value, heads: int) -> list[Value]:
+        return self.nodes(
+            "LinearAttention", *inputs, n=2, q_num_heads=heads, kv_num_heads=heads, scale=1.0, update_rule="gated"
+        )
+
+    # --- decayed sums by channel ---
+
+    def running_max(self, k: Value, w: Value, p: Value) -> Value:
+        x = self.node("Concat", p, k, axis=1)
+        n, d = self.max_tokens + 1, 1
+        until = self.node("Add", self.node("Shape", self.tokens), self.constant((1,)))
+        while d < n:
+            # so far x_t is the largest of d tokens; before the first one it stands again, decayed for longer: never larger
+            back = self.slice(self.constant([max(t - d, 0) for t in range(n)]), 0, until, 0)
+            x = self.node("Max", x, self.node("Add", self.node("Gather", x, back, axis=1), self.node("Mul", w, d)))
+            d *= 2
+        return self.slice(x, 1, _INT64_MAX, 1)
+
+    def decayed_sums(self, a: Value, b: Value, log_decay: Value, key: Value, value: Value) -> tuple[Value, Value]:
+        decay = self.node("Exp", self.node("MatMul", self._between(inclusive=True), log_decay))  # (T, T, C)
+        n = range(self.max_tokens)
+        past = self._cropped([float(s <= t) for t in n for s in n], 2)
+        decay = self.node("Mul", decay, self.node("Unsqueeze", past, self.constant((2,))))
+        first = self.node("Exp", self.node("CumSum", log_decay, self.constant((1,), ())))
+
+        def total(x: Value, first_sum: Value) -> Value:
+            summed = self.node("ReduceSum", self.node("Mul", decay, x), self.constant((1,)), keepdims=0)
+            return self.node("Add", self.node("Mul", first, first_sum), self.reshape(summed, 1, -1, self.C))
+
+        return total(self.node("Mul", key, value), a), total(key, b)
+
+    def decayed_sums_gated(self, a: Value, b: Value, log_decay: Value, key: Value, value: Value) -> tuple[Value, Value]:
+        ones = self._for_each_token((1.0,), self.C)
+        pairs = self.node("Concat", *(self.reshape(x, 1, -1, self.C, 1) for x in (value, ones)), axis=3)
+        S = self.node("Concat", *(self.reshape(x, 1, self.C, 1, 1) for x in (a, b)), axis=3)
+        y, _ = self._linear_attention(ones, key, self.reshape(pairs, 1, -1, 2 * self.C), S, log_decay, heads=self.C)
+        halves = self.nodes("Split", self.reshape(y, 1, -1, self.C, 2), n=2, axis=3, num_outputs=2)
+        after_a, after_b = (self.reshape(x, 1, -1, self.C) for x in halves)
+        return after_a, after_b
 
     tokens: Value  # the graph's input, set by `trace`
 

@@ -20,11 +20,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError
-from ..spec import Kind, Shape, Spec, StateTensor, Weight
+from ..spec import Shape, Spec, StateTensor
+from .weights import Expected, Prefix
 
-VERSION = "7"
+VERSIONS = ("7",)
 MARKER = "blocks.0.att.r_k"
 UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # the first layer has no value to mix in
+STACKED: dict[str, str] = {}
 INPUTS_FIRST = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")  # stored (inputs, outputs), unlike every other matrix
 
 
@@ -43,14 +45,14 @@ def step(
     v_first = None
     x = F.layer_norm(F.embed(W["emb.weight"], tokens), W["blocks.0.ln0.weight"], W["blocks.0.ln0.bias"], eps=1e-5)
     for i in range(spec.n_layer):
-        block = _Prefix(W, f"blocks.{i}.")
+        block = Prefix(W, f"blocks.{i}.")
         z = F.layer_norm(x, block["ln1.weight"], block["ln1.bias"], eps=1e-5)
         z, new[f"{i}.att_x"], new[f"{i}.wkv"], v_first = time_mix(
-            F, _Prefix(W, f"blocks.{i}.att."), spec, z, state[f"{i}.att_x"], state[f"{i}.wkv"], v_first
+            F, Prefix(W, f"blocks.{i}.att."), spec, z, state[f"{i}.att_x"], state[f"{i}.wkv"], v_first
         )
         x = x + z
         z = F.layer_norm(x, block["ln2.weight"], block["ln2.bias"], eps=1e-5)
-        z, new[f"{i}.ffn_x"] = channel_mix(F, _Prefix(W, f"blocks.{i}.ffn."), z, state[f"{i}.ffn_x"])
+        z, new[f"{i}.ffn_x"] = channel_mix(F, Prefix(W, f"blocks.{i}.ffn."), z, state[f"{i}.ffn_x"])
         x = x + z
     x = F.layer_norm(F.take_tokens(x, positions), W["ln_out.weight"], W["ln_out.bias"], eps=1e-5)
     return F.rows(F.linear(x, W["head.weight"])), new
@@ -114,7 +116,7 @@ def wkv_step(F: Any, S: Any, r: Any, ln_w: Any, k: Any, v: Any, kk: Any, a: Any)
 
         # S <- S diag(w) - (S kk)(kk a)^T + v k^T,   y = S r
         S = S * row(w) - (S @ col(kk)) @ row(kk * a) + col(v) @ row(k)
-        return S @ col(r), S
+        return F.uncol(S @ col(r)), S
 
     return F.each_token(one, S, r, ln_w, k, v, kk, a)  # type: ignore[no-any-return]
 
@@ -168,6 +170,7 @@ def wkv_linear_attention(F: Any, S: Any, r: Any, ln_w: Any, k: Any, v: Any, kk: 
 
 
 WKV = {"step": wkv_step, "chunk": wkv_chunk, "linear_attention": wkv_linear_attention}
+MAX_TOKENS = {"step": 1, "chunk": 64, "linear_attention": 256}  # in one call of an exported step
 
 
 # --- what a checkpoint of this version holds ---
@@ -178,36 +181,23 @@ def spec(shapes: Mapping[str, Shape]) -> Spec:
 
     Raises  CheckpointError if a tensor is missing, misshapen, or nobody's.
     """
-    H, N = _shape(shapes, "blocks.0.att.r_k", 2)
-    V, C = _shape(shapes, "emb.weight", 2)
-    n_ffn, _ = _shape(shapes, "blocks.0.ffn.key.weight", 2)
-    n_layer = len({n.split(".")[1] for n in shapes if n.startswith("blocks.")})  # 0 to n - 1, or one is missing below
-    weights: dict[str, Weight] = {}
-
-    def expect(name: str, shape: Shape, kind: Kind = "vector") -> None:
-        if name not in shapes:
-            raise CheckpointError(f"{name} is missing: expected {shape} for RWKV-7 with n_embd={C}")
-        if shapes[name] != shape:
-            raise CheckpointError(f"{name} has shape {shapes[name]}, expected {shape} for n_embd={C}, n_head={H}")
-        weights[name] = Weight(shape, kind)
-
-    def layer_norm(name: str) -> None:
-        expect(f"{name}.weight", (C,))
-        expect(f"{name}.bias", (C,))
-
+    expect = Expected(shapes, "RWKV-7")
+    H, N = expect.shape("blocks.0.att.r_k", 2)
+    V, C = expect.shape("emb.weight", 2)
+    n_ffn, _ = expect.shape("blocks.0.ffn.key.weight", 2)
     if H * N != C:
         raise CheckpointError(f"blocks.0.att.r_k has shape {(H, N)}, expected {C} values for n_embd={C}")
     expect("emb.weight", (V, C), "embedding")
-    layer_norm("blocks.0.ln0")
-    for i in range(n_layer):
-        layer_norm(f"blocks.{i}.ln1")
+    expect.layer_norm("blocks.0.ln0")
+    for i in range(expect.n_layer):
+        expect.layer_norm(f"blocks.{i}.ln1")
         att = f"blocks.{i}.att."
         for c in "rwkvag":
             expect(f"{att}x_{c}", (C,))
         for c in ("receptance", "key", "value"):
             expect(f"{att}{c}.weight", (C, C), "matrix")
         for c in "wag" if i == 0 else "wagv":
-            rank, _ = _shape(shapes, f"{att}{c}1", 2)
+            rank, _ = expect.shape(f"{att}{c}1", 2)
             expect(f"{att}{c}1", (rank, C), "low_rank")
             expect(f"{att}{c}2", (C, rank), "low_rank")
             if c != "g":
@@ -215,34 +205,14 @@ def spec(shapes: Mapping[str, Shape]) -> Spec:
         expect(f"{att}k_k", (C,))
         expect(f"{att}k_a", (C,))
         expect(f"{att}r_k", (H, N))
-        layer_norm(f"{att}ln_x")
+        expect.layer_norm(f"{att}ln_x")
         expect(f"{att}output.weight", (C, C), "matrix")
-        layer_norm(f"blocks.{i}.ln2")
+        expect.layer_norm(f"blocks.{i}.ln2")
         expect(f"blocks.{i}.ffn.x_k", (C,))
         expect(f"blocks.{i}.ffn.key.weight", (n_ffn, C), "matrix")
         expect(f"blocks.{i}.ffn.value.weight", (C, n_ffn), "matrix")
-    layer_norm("ln_out")
+    expect.layer_norm("ln_out")
     expect("head.weight", (V, C), "head")
-    for name in shapes:
-        if name not in weights:
-            raise CheckpointError(f"{name} is not part of RWKV-7: this file is of another version or has been changed")
+    expect.nothing_else()
     state = (StateTensor("att_x", (C,)), StateTensor("wkv", (H, N, N)), StateTensor("ffn_x", (C,)))
-    return Spec(VERSION, n_layer, C, H, N, n_ffn, V, weights, state)
-
-
-def _shape(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
-    if name not in shapes:
-        raise CheckpointError(f"{name} is missing: expected a tensor of rank {rank}")
-    if len(shapes[name]) != rank:
-        raise CheckpointError(f"{name} has shape {shapes[name]}, expected rank {rank}")
-    return shapes[name]
-
-
-class _Prefix:
-    """The weights under one prefix: `W["key.weight"]` for `blocks.3.att.key.weight`."""
-
-    def __init__(self, W: Mapping[str, Any], prefix: str) -> None:
-        self.W, self.prefix = W, prefix
-
-    def __getitem__(self, name: str) -> Any:
-        return self.W[self.prefix + name]
+    return Spec("7", expect.n_layer, C, H, N, n_ffn, V, expect.weights, state)
