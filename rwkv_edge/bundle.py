@@ -141,7 +141,7 @@ _MANIFEST: Any = {
             "bytes": _PLACE,
             "dtype": {"F32", "F16", "U8"},
             "shape": [_SIZE],
-            "kind": {"embedding", "head", "matrix", "low_rank", "vector"},
+            "kind": {"embedding", "head", "matrix", "low_rank", "table", "vector"},
             "bits": {4, 8, 16, 32},
             "block": (None, set(BLOCKS)),
             "scales": (None, {"offset": _PLACE, "bytes": _PLACE}),
@@ -275,7 +275,10 @@ def _validate(bundle: Bundle) -> None:
         raise BundleError(f"{where} is damaged: its chat template has no way of thinking called 'none'")
     sizes = {f"state.{n}": math.prod(t.shape) for n, t in spec.state_tensors.items()}
     for graph in manifest["graphs"]:
-        states = graph["inputs"][2:]
+        states = [i for i in graph["inputs"] if i["name"].startswith("state.")]
+        others = [i["name"] for i in graph["inputs"] if i not in states]
+        if others != ["tokens", "positions", *(["deep_embed"] if spec.tables else [])]:
+            raise BundleError(f"{where} is damaged: {graph['file']} takes {', '.join(others)}")
         if any(type(n) is not int or n < 1 for i in states for n in i["shape"]):
             raise BundleError(f"{where} is damaged: a state of {graph['file']} has no size")
         if {i["name"]: math.prod(i["shape"]) for i in states} != sizes:

@@ -1,5 +1,6 @@
 """Checkpoint -> (quantize) -> exporter -> bundle: the one place that composes them."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,11 +25,12 @@ from .files import Record, Stored, new_directory, new_file
 from .qtensor import Plan, QTensor, Recipe
 from .quantize import plan as make_plan
 from .quantize import rtn
-from .spec import Shape
+from .spec import Shape, Spec
 from .tokenizer import WORLD, WORLD_SIZE, World, open_tokenizer
 
 Progress = Callable[[int, int], None]
 WEIGHTS = "weights.bin"
+TABLES = "deep_embed.bin"  # what a step reads a row per token of
 
 
 def _sampling(**settings: float) -> dict[str, float]:
@@ -119,7 +121,7 @@ def quantize(
     with new_file(output, force=force) as temporary, open(temporary, "wb") as f:
         f.write(head())
         hashed = _Hashing(f)
-        about["model_id"] = model_id = _write_tensors(source, plan, hashed, None, progress)
+        about["model_id"] = model_id = _write_tensors(source, plan, [(hashed, None)], progress)
         about["sha256"] = hashed.sha256.hexdigest()
         f.seek(0)
         f.write(head())  # of the same length: only the ids are known later
@@ -172,12 +174,16 @@ def export(
             (folder / names[role]).write_bytes(graph.data)
         if tokenizer_file:
             (folder / tokenizer_about["file"]).write_bytes(tokenizer_file.read_bytes())
-        with open(folder / WEIGHTS, "wb") as f:
-            model_id = _write_tensors(source, plan, f, layout, progress)
+        layouts = {WEIGHTS: layout} | ({TABLES: _tables(spec, plan)} if spec.tables else {})
+        with contextlib.ExitStack() as stack:
+            files = [(stack.enter_context(open(folder / file, "wb")), layout) for file, layout in layouts.items()]
+            model_id = _write_tensors(source, plan, files, progress)
         tensors = {}
         for name, w in spec.weights.items():
-            at = [layout.places[part].offset if part in layout.places else 0 for part in ((name, "data"), (name, "scales"))]
-            data, scales = _records(folder / WEIGHTS, w.shape, plan[name], *at)
+            file = TABLES if w.kind == "table" else WEIGHTS
+            places = layouts[file].places
+            at = [places[part].offset if part in places else 0 for part in ((name, "data"), (name, "scales"))]
+            data, scales = _records(folder / file, w.shape, plan[name], *at)
             r = plan[name]
             stored = Stored(name, w.shape, data, bits=r.bits, block=r.block, scales=scales, method=r.method)
             tensors[name] = tensor_entry(stored, w.kind)
@@ -266,36 +272,48 @@ class _Hashing:
         return self._f.tell()
 
 
+def _tables(spec: Spec, plan: Plan) -> onnx.Layout:
+    """Where the tables lie in their file, one after the other."""
+    layout = onnx.Layout(spec, plan)
+    for name in spec.tables:
+        for what in ("data", "scales") if plan[name].block else ("data",):
+            layout.place([(name, what)])
+    return layout
+
+
 def _write_tensors(
-    source: Checkpoint, plan: Plan, f: "BinaryIO | _Hashing", layout: onnx.Layout | None, progress: Progress | None
+    source: Checkpoint,
+    plan: Plan,
+    files: Sequence[tuple["BinaryIO | _Hashing", onnx.Layout | None]],
+    progress: Progress | None,
 ) -> str:
     """Write every tensor, in blocks of rows, to its place or, without a layout, one after the other.
 
     Returns  the model's id
     """
     digest, done, total = ModelId(), 0, source.spec.n_parameters
-    order = list(dict.fromkeys(name for name, _ in layout.places)) if layout else list(source.tensors)
-    for name in order:
-        t = source.tensors[name]
-        scales: list[npt.NDArray[np.float32]] = []
-        if layout:
-            _pad(f, layout.places[name, "data"].offset)
-        for rows, data, s in _encode(t, plan[name]):
-            f.write(data)
-            if s is not None:
-                scales.append(s)
-            if not source.quantized:
-                digest.update(name, t.shape, rows)
-            done += len(data) and rows.size
-            if progress:
-                progress(done, total)
-        if scales:
+    for f, layout in files:
+        for name in dict.fromkeys(name for name, _ in layout.places) if layout else source.tensors:
+            t = source.tensors[name]
+            scales: list[npt.NDArray[np.float32]] = []
             if layout:
-                _pad(f, layout.places[name, "scales"].offset)
-            for s in scales:
-                f.write(s.data)
-    if layout:
-        _pad(f, layout.end)
+                _pad(f, layout.places[name, "data"].offset)
+            for rows, data, s in _encode(t, plan[name]):
+                f.write(data)
+                if s is not None:
+                    scales.append(s)
+                if not source.quantized:
+                    digest.update(name, t.shape, rows)
+                done += len(data) and rows.size
+                if progress:
+                    progress(done, total)
+            if scales:
+                if layout:
+                    _pad(f, layout.places[name, "scales"].offset)
+                for s in scales:
+                    f.write(s.data)
+        if layout:
+            _pad(f, layout.end)
     return source.known_id or digest.hexdigest()
 
 

@@ -41,6 +41,15 @@ class Numpy:
             return W.astype(self.dtype)[None]
         return W[tokens].astype(self.dtype)[None]
 
+    def table_rows(self, W: Matrix, tokens: Array) -> Array:
+        """The same as `embed`, of a table that stays outside a graph."""
+        return self.embed(W, tokens)
+
+    def each_token_matmul(self, x: Array, M: Array) -> Array:
+        """x_t M_t, every token with a matrix of its own: (1, T, R), (1, T, R R) -> (1, T, R)."""
+        _, T, R = x.shape
+        return np.matmul(x.reshape(T, 1, R), M.reshape(T, R, R)).reshape(1, T, R)
+
     def linear(self, x: Array, W: Matrix, bias: Array | None = None) -> Array:
         """x W^T (+ bias): (1, T, I), (O, I) -> (1, T, O)."""
         y = x @ self._matrix(W).T

@@ -12,8 +12,9 @@ Shape = tuple[int, ...]
 # head        (V, C)   the last matrix product
 # matrix      (O, I)   the layers' matrix products
 # low_rank    (O, I)   their low-rank factors: small, and more sensitive to rounding
+# table       (V, R R) one row per token, too large for a graph: the runtime reads the row
 # vector               everything else: never quantized
-Kind = Literal["embedding", "head", "matrix", "low_rank", "vector"]
+Kind = Literal["embedding", "head", "matrix", "low_rank", "table", "vector"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Spec:
             "n_ffn": self.n_ffn,
             "n_vocab": self.n_vocab,
         }
+
+    @property
+    def tables(self) -> list[str]:
+        """The tables of which a step reads a row per token from outside its graph."""
+        return [name for name, w in self.weights.items() if w.kind == "table"]
 
     @property
     def n_parameters(self) -> int:

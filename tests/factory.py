@@ -24,6 +24,7 @@ BEFORE_7 = {
     "v5.2": dict(version="5.2", n_layer=2, n_head=3, head_size=16, n_ffn=144, n_vocab=61),
     "v6": dict(version="6", n_layer=2, n_head=3, head_size=16, n_ffn=144, n_vocab=61, ranks=(5, 7)),
 }
+DEEP_EMBED = dict(version="7a", n_layer=2, n_head=3, head_size=16, n_ffn=160, n_vocab=61, ranks=(5, 7, 3, 9), layer0_v=True)
 WORLD = dict(n_layer=1, n_head=1, head_size=16, n_ffn=32, n_vocab=65536, ranks=(2, 2, 2, 2), layer0_v=False)
 
 
@@ -46,8 +47,10 @@ def weights(version="7", **sizes):
     def normal(name, shape, std, mean=0.0):
         w[name] = uniform(name, shape, mean - 1.73 * std, mean + 1.73 * std)
 
-    if version == "7":
+    if version in ("7", "7a"):
         weights7(w, normal, **sizes)
+        if version == "7a":
+            deep_embed(normal, w["blocks.0.ffn.key.weight"].shape, sizes["n_layer"], sizes["n_vocab"])
     else:
         weights_before_7(w, normal, version, **sizes)
     return w
@@ -91,6 +94,18 @@ def weights7(w, normal, *, n_layer, n_head, head_size, n_ffn, n_vocab, ranks, la
         normal(f"{b}ffn.value.weight", (C, n_ffn), 0.4 / math.sqrt(n_ffn))
 
 
+def deep_embed(normal, ffn_key, n_layer, n_vocab, rank=32):
+    """RWKV-7a: a table per layer; the rwkv package knows rank 32 only."""
+    n_ffn, C = ffn_key
+    for i in range(n_layer):
+        f = f"blocks.{i}.ffn."
+        normal(f"{f}s_emb.weight", (n_vocab, rank * rank), 0.1)
+        normal(f"{f}s_emb_x.weight", (rank * rank, C), 0.1 / math.sqrt(C))
+        normal(f"{f}s1", (C, rank), 1 / math.sqrt(C))
+        normal(f"{f}s2", (rank, n_ffn), 1 / math.sqrt(rank))
+        normal(f"{f}s0", (n_ffn,), 0.2, 1.0)
+
+
 def weights_before_7(w, normal, version, *, n_layer, n_ffn, n_vocab, n_embd=0, n_head=0, head_size=0, ranks=()):
     C = n_embd or n_head * head_size
     outer(normal, n_layer, C, n_vocab)
@@ -120,7 +135,7 @@ def weights_before_7(w, normal, version, *, n_layer, n_ffn, n_vocab, n_embd=0, n
         normal(f"{f}value.weight", (C, n_ffn), 0.8 / math.sqrt(n_ffn))
 
 
-SHAPES |= BEFORE_7
+SHAPES |= BEFORE_7 | {"v7a": DEEP_EMBED}
 
 
 def tokens(n, n_vocab):

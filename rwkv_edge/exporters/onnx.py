@@ -3,6 +3,7 @@
 The graph is for onnxruntime. Weights stay outside it, in one file that several graphs share.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -150,6 +151,8 @@ class Onnx:
         self.max_tokens: int = model_of(spec.version).MAX_TOKENS[self.wkv_form]
         self.layout, self.exact = layout, exact
         self.C, self.H, self.N, self.V = spec.n_embd, spec.n_head, spec.head_size, spec.n_vocab
+        self.tables = spec.tables
+        self.table_width = spec.weights[spec.tables[0]].shape[1] if spec.tables else 0
         self.g = _Recording()
         self._memo: dict[Any, list[Value]] = {}
 
@@ -236,6 +239,14 @@ class Onnx:
         if W.recipe.bits == 16:
             return self.node("Cast", self.node("Gather", self._half(W), indices, axis=0), to=1)
         return self.node("Gather", self.vector(W), indices, axis=0)
+
+    def table_rows(self, W: Parameter, tokens: Value) -> Value:
+        return self.node("Gather", self.deep_embed, self.constant((self.tables.index(W.name),), ()), axis=1)
+
+    def each_token_matmul(self, x: Value, M: Value) -> Value:
+        R = math.isqrt(self.table_width)
+        y = self.node("MatMul", self.reshape(x, -1, 1, R), self.reshape(M, -1, R, R))
+        return self.reshape(y, 1, -1, R)
 
     def linear(self, x: Value, W: Parameter, bias: Parameter | None = None) -> Value:
         b = None if bias is None else self.vector(bias)
@@ -508,7 +519,8 @@ class Onnx:
         after_a, after_b = (self.reshape(x, 1, -1, self.C) for x in halves)
         return after_a, after_b
 
-    tokens: Value  # the graph's input, set by `trace`
+    tokens: Value  # the graph's inputs, set by `trace`
+    deep_embed: Value
 
 
 def _join(s: int) -> Callable[[int, int], bool]:
@@ -548,7 +560,7 @@ def trace(spec: Spec, plan: Plan, layout: Layout, *, wkv: str, exact: bool, weig
     W = {name: Parameter(name, w.shape, plan[name]) for name, w in spec.weights.items()}
     state_shapes = {n: (1, H, N, N) if len(t.shape) == 3 else (1, 1, C) for n, t in spec.state_tensors.items()}
 
-    f.tokens, positions = Value(f, "tokens"), Value(f, "positions")
+    f.tokens, positions, f.deep_embed = Value(f, "tokens"), Value(f, "positions"), Value(f, "deep_embed")
     state = {name: Value(f, f"state.{name}") for name in state_shapes}
     logits, new = model_of(spec.version).step(f, W, spec, f.tokens, positions, state)
 
@@ -566,6 +578,8 @@ def trace(spec: Spec, plan: Plan, layout: Layout, *, wkv: str, exact: bool, weig
         return said | {"layout": layout_of_wkv} if ".wkv" in name else said
 
     inputs = [about("tokens", "int64", [T]), about("positions", "int64", ["P"])]
+    if spec.tables:
+        inputs.append(about("deep_embed", "float32", [T, len(spec.tables), f.table_width]))
     inputs += [about(f"state.{n}", "float32", s) for n, s in state_shapes.items()]
     outputs = [about("logits", "float32", ["P", spec.n_vocab])]
     outputs += [about(f"state.{n}.out", "float32", s) for n, s in state_shapes.items()]

@@ -16,7 +16,6 @@ _OWN = {".att.r_k": "RWKV-7", ".att.time_maa_x": "RWKV-6", ".att.time_mix_k": "R
 # other files that people have, by the end of a name that gives them away
 _FOREIGN = {
     "_strategy": "was converted by ChatRWKV (transposed and rescaled): use the original file",
-    ".ffn.s_emb.weight": "is an RWKV-7a (DeepEmbed), which this release cannot export",
     ".ffn.enn.weight": "is an RWKV-7b research model, which has no settled form to export",
     ".qkv.weight": "has attention layers besides RWKV's, a research model (7b, 8) without a settled form to export",
     ".rosa_qkv.weight": "is an RWKV-8 ROSA research model, which has no settled form to export",

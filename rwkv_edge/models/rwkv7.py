@@ -1,4 +1,4 @@
-"""RWKV-7 "Goose", one recurrent step.  Paper: arXiv 2503.14456, section 4 and appendix F
+"""RWKV-7 "Goose", one recurrent step.  Paper: arXiv 2503.14456, section 4 and appendix F; 7a from the code that trained it
 
 Symbols           shape           meaning                                       checkpoint
   x               (1, T, C)       residual stream, T tokens
@@ -10,6 +10,7 @@ Symbols           shape           meaning                                       
   g               (1, T, C)       gate                                          att.g1 g2
   kk              (1, T, H, N)    removal key, of length one                    att.k_k
   v_first         (1, T, H, N)    the first layer's value, mixed into later ones  att.v0 v1 v2
+  E               (1, T, R R)     7a: a matrix of every token's own, for every layer  ffn.s_emb s_emb_x
   S               (1, H, N, N)    what the layer remembers, S[value, key]       state wkv
 
 C = H N. `W` is the weights by name, matrices as (outputs, inputs); `F` is the operations (see ops.py).
@@ -23,11 +24,11 @@ from ..errors import CheckpointError
 from ..spec import Shape, Spec, StateTensor
 from .weights import Expected, Prefix
 
-VERSIONS = ("7",)
+VERSIONS = ("7", "7a")
 MARKER = "blocks.0.att.r_k"
 UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # the first layer has no value to mix in
 STACKED: dict[str, str] = {}
-INPUTS_FIRST = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")  # stored (inputs, outputs), unlike every other matrix
+INPUTS_FIRST = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "s1", "s2")  # stored (inputs, outputs), unlike every other matrix
 
 
 def step(
@@ -52,7 +53,7 @@ def step(
         )
         x = x + z
         z = F.layer_norm(x, block["ln2.weight"], block["ln2.bias"], eps=1e-5)
-        z, new[f"{i}.ffn_x"] = channel_mix(F, Prefix(W, f"blocks.{i}.ffn."), z, state[f"{i}.ffn_x"])
+        z, new[f"{i}.ffn_x"] = channel_mix(F, Prefix(W, f"blocks.{i}.ffn."), spec, tokens, z, state[f"{i}.ffn_x"])
         x = x + z
     x = F.layer_norm(F.take_tokens(x, positions), W["ln_out.weight"], W["ln_out.bias"], eps=1e-5)
     return F.rows(F.linear(x, W["head.weight"])), new
@@ -97,11 +98,16 @@ def time_mix(F: Any, W: Any, spec: Spec, x: Any, x_last: Any, S: Any, v_first: A
     return F.linear(F.merge_heads(y) * g, W["output.weight"]), x_last, S, v_first
 
 
-def channel_mix(F: Any, W: Any, x: Any, x_last: Any) -> tuple[Any, Any]:
+def channel_mix(F: Any, W: Any, spec: Spec, tokens: Any, x: Any, x_last: Any) -> tuple[Any, Any]:
     """Mix along channels: Wv relu(Wk x_k)^2."""
     p, x_last = F.token_shift(x, x_last)
     (x_k,) = F.lerp(x, p, W["x_k"])
-    return F.linear(F.relu_squared(F.linear(x_k, W["key.weight"])), W["value.weight"]), x_last
+    k = F.relu_squared(F.linear(x_k, W["key.weight"]))
+    if spec.version == "7a":
+        # k <- k (s0 + (x s1) E s2)
+        E = F.table_rows(W["s_emb.weight"], tokens)
+        k = k * F.linear(F.each_token_matmul(F.linear(x, W["s1"]), E), W["s2"], W["s0"])
+    return F.linear(k, W["value.weight"]), x_last
 
 
 # --- the WKV in three forms of one recurrence; a test holds them equal ---
@@ -181,7 +187,8 @@ def spec(shapes: Mapping[str, Shape]) -> Spec:
 
     Raises  CheckpointError if a tensor is missing, misshapen, or nobody's.
     """
-    expect = Expected(shapes, "RWKV-7")
+    version = "7a" if "blocks.0.ffn.s_emb.weight" in shapes else "7"
+    expect = Expected(shapes, f"RWKV-{version}")
     H, N = expect.shape("blocks.0.att.r_k", 2)
     V, C = expect.shape("emb.weight", 2)
     n_ffn, _ = expect.shape("blocks.0.ffn.key.weight", 2)
@@ -210,9 +217,15 @@ def spec(shapes: Mapping[str, Shape]) -> Spec:
         expect.layer_norm(f"blocks.{i}.ln2")
         expect(f"blocks.{i}.ffn.x_k", (C,))
         expect(f"blocks.{i}.ffn.key.weight", (n_ffn, C), "matrix")
+        if version == "7a":
+            rank, _ = expect.shape(f"blocks.{i}.ffn.s1", 2)
+            expect(f"blocks.{i}.ffn.s_emb.weight", (V, rank * rank), "table")
+            expect(f"blocks.{i}.ffn.s1", (rank, C), "low_rank")
+            expect(f"blocks.{i}.ffn.s2", (n_ffn, rank), "low_rank")
+            expect(f"blocks.{i}.ffn.s0", (n_ffn,))
         expect(f"blocks.{i}.ffn.value.weight", (C, n_ffn), "matrix")
     expect.layer_norm("ln_out")
     expect("head.weight", (V, C), "head")
     expect.nothing_else()
     state = (StateTensor("att_x", (C,)), StateTensor("wkv", (H, N, N)), StateTensor("ffn_x", (C,)))
-    return Spec("7", expect.n_layer, C, H, N, n_ffn, V, expect.weights, state)
+    return Spec(version, expect.n_layer, C, H, N, n_ffn, V, expect.weights, state)

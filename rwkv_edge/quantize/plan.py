@@ -9,10 +9,10 @@ from ..spec import Kind, Shape, Spec
 
 # bits by kind; vectors are always float32: rounding them is catastrophic, and they are few
 QUANTS: dict[str, dict[Kind, int]] = {
-    "none": {"embedding": 32, "head": 32, "matrix": 32, "low_rank": 32},
-    "fp16": {"embedding": 16, "head": 16, "matrix": 16, "low_rank": 16},
-    "int8": {"embedding": 8, "head": 8, "matrix": 8, "low_rank": 8},
-    "int4": {"embedding": 8, "head": 4, "matrix": 4, "low_rank": 8},
+    "none": {"embedding": 32, "head": 32, "matrix": 32, "low_rank": 32, "table": 32},
+    "fp16": {"embedding": 16, "head": 16, "matrix": 16, "low_rank": 16, "table": 16},
+    "int8": {"embedding": 8, "head": 8, "matrix": 8, "low_rank": 8, "table": 8},
+    "int4": {"embedding": 8, "head": 4, "matrix": 4, "low_rank": 8, "table": 8},
 }
 
 

@@ -13,6 +13,7 @@ from ..errors import BackendError, InputError, StateError
 from ..tokenizer import open_tokenizer
 from .sampling import Sampling, Settings, changed
 from .state import State, load_state
+from .tables import Tables
 
 if TYPE_CHECKING:
     from .generate import Generation, Logits
@@ -133,8 +134,9 @@ class Model:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that one step reads: all but the embedding, of which it reads a row."""
-        return sum(t.nbytes for name, t in self.bundle.tensors.items() if name != "emb.weight")
+        """Bytes of weights that one step reads: all but those of which it reads a row."""
+        kinds = {name: w.kind for name, w in self.spec.weights.items()}
+        return sum(t.nbytes for name, t in self.bundle.tensors.items() if kinds[name] not in ("embedding", "table"))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Give the text of token ids; bytes that are no UTF-8 become U+FFFD.
@@ -201,8 +203,10 @@ class Loop:
                 binding.bind_ortvalue_output(f"{name}.out", self._value(self._sets[b][name]))
             self._bindings.append(binding)
         self._at = 0
+        self._tables = Tables([model.bundle.tensors[name] for name in model.spec.tables]) if model.spec.tables else None
         # decoding: bound once, used for every token
         self._one = np.zeros(1, np.int64), np.zeros(1, np.int64), np.empty((1, self._spec.n_vocab), np.float32)
+        self._one_rows = np.empty((1, *self._tables.shape), np.float32) if self._tables else None
         self._one_bound = [False, False]
         self.logits: Array = self._one[2][0]
         self.load(None)
@@ -264,8 +268,10 @@ class Loop:
         tokens[0] = token
         binding = self._bindings[self._at]
         if not self._one_bound[self._at]:
-            self._bind(binding, *self._one)
+            self._bind(binding, *self._one, self._one_rows)
             self._one_bound[self._at] = True
+        if self._tables and self._one_rows is not None:
+            self._one_rows[...] = self._tables.rows(tokens)
         self._go(binding, 1, logits)
         return self.logits
 
@@ -273,14 +279,17 @@ class Loop:
         n = len(ids)
         positions = np.arange(n) if every else np.array([n - 1])
         logits = np.empty((len(positions), self._spec.n_vocab), np.float32)
-        self._bind(self._bindings[self._at], np.ascontiguousarray(ids), positions, logits)
+        rows = self._tables.rows(ids) if self._tables else None
+        self._bind(self._bindings[self._at], np.ascontiguousarray(ids), positions, logits, rows)
         self._one_bound[self._at] = False
         self._go(self._bindings[self._at], n, logits)
         return logits
 
-    def _bind(self, binding: Any, tokens: Tokens, positions: Tokens, logits: Array) -> None:
+    def _bind(self, binding: Any, tokens: Tokens, positions: Tokens, logits: Array, rows: Array | None) -> None:
         binding.bind_ortvalue_input("tokens", self._value(tokens))
         binding.bind_ortvalue_input("positions", self._value(positions))
+        if rows is not None:
+            binding.bind_ortvalue_input("deep_embed", self._value(rows))
         binding.bind_ortvalue_output("logits", self._value(logits))
 
     def _go(self, binding: Any, n_tokens: int, logits: Array) -> None:
