@@ -17,6 +17,8 @@ import numpy.typing as npt
 from . import __version__
 from .bundle import FORMAT, MANIFEST, dump_manifest, read_bundle, sha256_of, tensor_entry, why_not_replace
 from .checkpoints import QUANTIZED, Checkpoint, ModelId, open_checkpoint, verify
+from .checkpoints.initial_state import read_initial_state
+from .checkpoints.lora import with_lora
 from .checkpoints.safetensors import header
 from .errors import ExportError, InputError, OutputError, QuantizeError
 from .exporters import onnx
@@ -24,11 +26,13 @@ from .files import Record, Stored, new_directory, new_file
 from .qtensor import Plan, QTensor, Recipe
 from .quantize import plan as make_plan
 from .quantize import rtn
+from .runtime import State
 from .spec import Shape
 from .tokenizer import WORLD, WORLD_SIZE, World, open_tokenizer
 
 Progress = Callable[[int, int], None]
 WEIGHTS = "weights.bin"
+INITIAL_STATE = "initial_state.safetensors"
 
 
 def _sampling(**settings: float) -> dict[str, float]:
@@ -86,18 +90,20 @@ def quantize(
     quant: str = "int4",
     block: int | None = None,
     overrides: Sequence[str] = (),
+    lora: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Written:
     """Write a quantized checkpoint: safetensors, with codes as MatMulNBits packs them and `{name}.scales` beside them.
 
     quant, block, overrides  see rwkv_edge.quantize.plan
+    lora                     a LoRA to merge before rounding, as FILE or FILE:ALPHA
     progress                 called with weights done and weights in all
 
     Raises  CheckpointError, QuantizeError, OutputError
     """
     output = Path(output)
-    source = open_checkpoint(checkpoint)
+    source = with_lora(open_checkpoint(checkpoint), lora)
     plan = _plan(source, quant, block, overrides)
     entries: dict[str, tuple[str, Shape]] = {}
     for name, w in source.spec.weights.items():
@@ -123,7 +129,7 @@ def quantize(
         about["sha256"] = hashed.sha256.hexdigest()
         f.seek(0)
         f.write(head())  # of the same length: only the ids are known later
-    return Written(output, output.stat().st_size, _bits_per_weight(source, plan), model_id)
+    return Written(output, output.stat().st_size, _bits_per_weight(source, plan), model_id, source.notes)
 
 
 def export(
@@ -133,6 +139,8 @@ def export(
     quant: str | None = None,
     block: int | None = None,
     overrides: Sequence[str] = (),
+    lora: str | Path | None = None,
+    initial_state: str | Path | None = None,
     wkv: str = "attention",
     tokenizer: str | Path | None = None,
     template: str | None = None,
@@ -142,6 +150,9 @@ def export(
     """Write a bundle for onnxruntime.
 
     quant, block, overrides  see rwkv_edge.quantize.plan; None is int4, or what a quantized checkpoint brings
+    lora       a LoRA to merge before rounding, W + (alpha / r) B A, as FILE, or FILE:ALPHA where it does not say its alpha;
+               the merged model is another model, with a model_id of its own
+    initial_state  a state-tuned file, `blocks.0.att.time_state` and so on: every text begins from it
     wkv        "attention" (onnxruntime's operator, the fastest), "plain" (plain operations), "step" (one token a call)
     tokenizer  a tokenizer.json, or a World vocabulary (.txt); without it, the tokenizer.json beside the checkpoint; without
                that, the World vocabulary for a model of its size, or else none
@@ -153,13 +164,14 @@ def export(
     Raises  CheckpointError, QuantizeError, ExportError, InputError, OutputError
     """
     output = Path(output)
-    source = open_checkpoint(checkpoint)
+    source = with_lora(open_checkpoint(checkpoint), lora)
     if wkv not in onnx.WKV_FORMS:
         raise ExportError(f"wkv {wkv!r} is unknown: expected one of {', '.join(onnx.WKV_FORMS)}")
     if template is not None and template not in TEMPLATES:
         raise ExportError(f"template {template!r} is unknown: expected one of {', '.join(TEMPLATES)}")
     spec, plan = source.spec, _plan(source, quant, block, overrides)
     verify(source)
+    first = read_initial_state(initial_state, spec) if initial_state else None
     tokenizer_file, tokenizer_about = _tokenizer(source, tokenizer)
     layout = onnx.Layout(spec, plan)
     graphs = {"run": onnx.trace(spec, plan, layout, wkv=wkv, exact=False, weights_file=WEIGHTS)}
@@ -174,6 +186,8 @@ def export(
             (folder / tokenizer_about["file"]).write_bytes(tokenizer_file.read_bytes())
         with open(folder / WEIGHTS, "wb") as f:
             model_id = _write_tensors(source, plan, f, layout, progress)
+        if first:
+            State(model_id, 0, first).save(folder / INITIAL_STATE)
         tensors = {}
         for name, w in spec.weights.items():
             at = [layout.places[part].offset if part in layout.places else 0 for part in ((name, "data"), (name, "scales"))]
@@ -194,6 +208,7 @@ def export(
             "files": {
                 file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())
             },
+            "initial_state": INITIAL_STATE if first else None,
             "tokenizer": tokenizer_about or None,
             "prompt": TEMPLATES[template or ("rwkv" if tokenizer_about.get("kind") == World.kind else "none")],
             "sampling": _sampling(),
@@ -203,7 +218,7 @@ def export(
         nbytes = sum(file.stat().st_size for file in folder.iterdir())
         read_bundle(folder, verify=False)  # what we write, we can read
     notes = () if tokenizer_file else (f"no tokenizer.json beside {source.path.name}: the bundle takes and gives token ids",)
-    return Written(output, nbytes, _bits_per_weight(source, plan), model_id, notes)
+    return Written(output, nbytes, _bits_per_weight(source, plan), model_id, (*source.notes, *notes))
 
 
 def _plan(source: Checkpoint, quant: str | None, block: int | None, overrides: Sequence[str]) -> Plan:
