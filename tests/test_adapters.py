@@ -31,8 +31,10 @@ def grid(name, shape):
 
 
 def lora_of(w, r=4, modules=("att.key", "att.output", "ffn.value")):
-    """Factors for these matrices of every layer, and the first layer's norm whole."""
-    found = {"blocks.0.ln1.weight": grid("ln1", w["blocks.0.ln1.weight"].shape)}
+    """Factors for these matrices of every layer; and whole, what RWKV-PEFT's train_parts are by default, in the last."""
+    last = max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
+    whole = [n for n in w if re.search(rf"^blocks\.{last}\..*(ln1|time_|x_k|att\.w)", n)]
+    found = {name: grid(name, w[name].shape) for name in whole}
     for name, x in w.items():
         if name.endswith(tuple(f"{m}.weight" for m in modules)):
             found[name.removesuffix("weight") + "lora_A"] = grid(name + "A", (r, x.shape[1]))
@@ -89,7 +91,11 @@ def test_a_merged_bundle_is_that_of_the_checkpoint_merged_by_hand(name, containe
         written = export(source, tmp_path / f"a-{quant}", quant=quant, lora=f"{given}:6")
         assert files(written.path) == files(export(merged, tmp_path / f"b-{quant}", quant=quant).path)
     n = 3 * factory.SHAPES[name]["n_layer"]
-    assert written.notes[0] == f"{given.name}: {n} matrices of rank 4 merged with alpha 6, 1 tensors replaced"
+    assert (
+        written.notes[0]
+        == f"{given.name}: {n} matrices of rank 4 merged with alpha 6, other tensors replaced: {len(lora) - 2 * n}"
+    )
+    assert len(lora) - 2 * n >= 6
     assert written.model_id == model_id(open_checkpoint(merged)) != model_id(open_checkpoint(source))
 
 
@@ -162,6 +168,30 @@ def test_peft_s_folders_say_their_alpha(odd, tmp_path):
         np.testing.assert_array_equal(t.read(), by_hand(ODD, lora, scale)[name])
     peft(folder, lora, use_rslora=True)
     np.testing.assert_array_equal(with_lora(open_checkpoint(odd), folder).tensors[name].read(), by_hand(ODD, lora, 3)[name])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("rwkv.blocks.1.attention.receptance", "att.receptance"),
+        ("rwkv.blocks.1.feed_forward.value", "ffn.value"),
+        ("rwkv7.blocks.1.att.output", "att.output"),
+        ("model.layers.1.attn.r_proj", "att.receptance"),
+        ("model.layers.1.attn.k_proj", "att.key"),
+        ("model.layers.1.attn.v_proj", "att.value"),
+        ("model.layers.1.attn.o_proj", "att.output"),
+        ("model.layers.1.ffn.key", "ffn.key"),
+    ],
+)
+def test_what_transformers_and_fla_call_the_linear_layers(theirs, ours, odd, tmp_path):
+    name = f"blocks.1.{ours}.weight"
+    lora = lora_of({name: ODD[name]}, modules=[ours])
+    given = peft(tmp_path / "adapter", {n.replace(name.removesuffix(".weight"), theirs): x for n, x in lora.items()})
+    merged = with_lora(open_checkpoint(odd), given)
+    np.testing.assert_array_equal(merged.tensors[name].read(), by_hand(ODD, lora, 6 / 4)[name])
+    assert [n for n, t in merged.tensors.items() if t.plus] == [name]
+    twice = factory.write_pth(tmp_path / "twice.pth", lora | {f"model.{n}": x for n, x in lora.items()}, "fp32")
+    assert "has one tensor under two names: give a file with one LoRA" in refused(odd, f"{twice}:4")
 
 
 @pytest.mark.parametrize(
@@ -486,7 +516,7 @@ def test_the_command_line(odd, tmp_path):
     done = run("export", odd, "--lora", lora, "--initial-state", state, "-o", tmp_path / "out")
     assert done.exit_code == 0
     assert done.stdout == ""
-    assert "lora.pth: 6 matrices of rank 4 merged with alpha 4, 1 tensors replaced" in done.stderr
+    assert "lora.pth: 6 matrices of rank 4 merged with alpha 4, other tensors replaced: 7" in done.stderr
     assert open_bundle(tmp_path / "out").first
     assert run("check", tmp_path / "out", "--against", odd, "--lora", lora, "-n", "12").exit_code == 0
     assert run("quantize", odd, "--lora", lora, "-o", tmp_path / "q.safetensors", "-q").exit_code == 0

@@ -33,7 +33,18 @@ _PEFT = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
 )
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")  # ways to begin that leave W as it was; pissa, olora, ... do not
-_WRAPPERS = re.compile(r"^(base_model\.model\.|_forward_module\.|module\.|model\.|rwkv\d?\.)+")
+# pattern and replacement, one after the other: wrappers, and what transformers and fla call the linear layers
+_NAMES = (
+    (r"^(base_model\.model\.|_forward_module\.|module\.|model\.|rwkv7?\.)+", ""),
+    (r"^layers\.", "blocks."),
+    (r"^lm_head\.", "head."),
+    (r"\.(attention|attn)\.", ".att."),
+    (r"\.feed_forward\.", ".ffn."),
+    (r"\.r_proj\.", ".receptance."),
+    (r"\.k_proj\.", ".key."),
+    (r"\.v_proj\.", ".value."),
+    (r"\.o_proj\.", ".output."),
+)
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(\.weight)?")
 
 
@@ -54,7 +65,10 @@ def with_lora(checkpoint: Checkpoint, lora: str | Path | None) -> Checkpoint:
     if path.is_dir():
         path = path / "adapter_model.safetensors"
     settings = _settings(path)
-    records = {_WRAPPERS.sub("", name): record for name, record in read_adapter(path).items()}
+    found = read_adapter(path)
+    records = {_official(name): record for name, record in found.items()}
+    if len(records) != len(found):
+        raise CheckpointError(f"{path} has one tensor under two names: give a file with one LoRA")
     for name in records:
         for key, what in _FOREIGN.items():
             if re.search(f"{key}$", name):
@@ -72,6 +86,12 @@ def with_lora(checkpoint: Checkpoint, lora: str | Path | None) -> Checkpoint:
         return _merged(checkpoint, path, records, alpha, rank_stabilized=bool(settings.get("use_rslora")))
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
+
+
+def _official(name: str) -> str:
+    for pattern, replacement in _NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _parse(text: str) -> tuple[Path, float | None]:
@@ -150,7 +170,7 @@ def _merged(
         tensors[name] = replace(tensors[name], plus=Product(left, right, alpha / (math.sqrt(r) if rank_stabilized else r)))
         ranks.add(r)
     note = f"{path.name}: {len(factors)} matrices of rank {', '.join(map(str, sorted(ranks)))} merged with alpha {alpha:g}"
-    note += f", {len(whole)} tensors replaced" if whole else ""
+    note += f", other tensors replaced: {len(whole)}" if whole else ""
     return replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, note))
 
 
