@@ -174,8 +174,10 @@ class Product:
         assert isinstance(right, np.ndarray)
         bits = (53 - math.ceil(math.log2(len(right)))) // 2
         with np.errstate(over="ignore"):
-            product = _round(left, bits, axis=1) @ _round(right, bits, axis=0)
-            total = (x + self.scale * product).astype(np.float32)
+            exact = _round(left, bits, axis=1) @ _round(right, bits, axis=0)
+            exact *= self.scale
+            exact += x
+            total = exact.astype(np.float32)
         if not np.isfinite(total).all():
             raise CheckpointError(f"{self.left.data.path}: {name} overflows with it: is alpha right, {self.scale:g} times r?")
         return total
