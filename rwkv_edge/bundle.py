@@ -149,6 +149,7 @@ _MANIFEST: Any = {
         }
     },
     "files": {...: {"bytes": _PLACE, "sha256": _SHA}},
+    "initial_state": (None, str),
     "tokenizer": (None, {"kind": {"json", "world"}, "file": str, "end_of_text": (None, _PLACE)}),
     "prompt": (
         None,
@@ -237,6 +238,7 @@ def _parse(path: Path, manifest: dict[str, Any]) -> Bundle:
             raise BundleError(f"{file} has {file.stat().st_size} bytes, expected {about['bytes']}: copy the bundle again")
     used = [g["file"] for g in manifest["graphs"]] + [t["file"] for t in manifest["tensors"].values()]
     used += [manifest["tokenizer"]["file"]] if manifest["tokenizer"] else []
+    used += [manifest["initial_state"]] if manifest["initial_state"] is not None else []
     for name in used:
         if name not in manifest["files"]:
             raise BundleError(f"{path / MANIFEST} uses {name!r} but does not list it under files")

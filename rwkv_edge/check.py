@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .bundle import Bundle, read_bundle
 from .checkpoints import model_id, open_checkpoint
+from .checkpoints.lora import with_lora
 from .errors import BackendError, CheckFailed, CheckpointError, InputError
 from .reference import Weights, run_reference
 from .runtime import Model, Sampling
@@ -108,6 +109,7 @@ def check(
     bundle: str | Path,
     against: str | Path | None = None,
     *,
+    lora: str | Path | None = None,
     n_tokens: int = 320,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -118,6 +120,7 @@ def check(
     one by one, and as many at a time as it takes.
 
     against   the checkpoint the bundle was made from: what quantization cost is measured too
+    lora      that was merged into it, as FILE or FILE:ALPHA
     n_tokens  at least 2; more than a graph takes at a time (256), or its longest chunks go unchecked
     progress  called with passes done and passes in all
 
@@ -130,6 +133,7 @@ def check(
     source = open_checkpoint(against) if against else None
     if source and source.quantized:
         raise CheckpointError(f"{against} is quantized itself: give the original checkpoint to measure the cost")
+    source = with_lora(source, lora) if source else None
     roles = [str(g["role"]) for g in b.manifest["graphs"]]
     total, done = 2 + 2 * len(roles) + (2 if source else 0), 0
 
@@ -144,17 +148,18 @@ def check(
         if found != b.model_id:
             raise CheckpointError(f"{against} is another model ({found[:12]}) than {bundle} was made from ({b.model_id[:12]})")
         step()
-    ids = _sample(Model(b, threads=threads), n_tokens)
-    reference, state = run_reference(b.spec, Weights(b.tensors), ids, dtype=np.float64)
+    model = Model(b, threads=threads)
+    ids, first = _sample(model, n_tokens), model.first.tensors if model.first else None
+    reference, state = run_reference(b.spec, Weights(b.tensors), ids, first, dtype=np.float64)
     step()
-    single, single_state = run_reference(b.spec, Weights(b.tensors), ids)
+    single, single_state = run_reference(b.spec, Weights(b.tensors), ids, first)
     rounding, state_rounding = difference(single, reference), _state_apart(single_state, state)
     limit = max(EXACT_FLOOR, EXACT_RATIO * rounding.max_abs)
     state_limit = max(STATE_FLOOR, STATE_RATIO * state_rounding)
     step()
     original = None
     if source:
-        original, _ = run_reference(source.spec, Weights(source.tensors), ids, dtype=np.float64)
+        original, _ = run_reference(source.spec, Weights(source.tensors), ids, first, dtype=np.float64)
         step()
 
     rows = []

@@ -89,6 +89,11 @@ threads_option = click.option(
 load_state_option = click.option(
     "--load-state", type=click.Path(path_type=Path), help="Go on from a state file, prompt or not."
 )
+lora_option = click.option(
+    "--lora",
+    metavar="FILE[:ALPHA]",
+    help="Merge a LoRA into the checkpoint, with the alpha it was trained with.  [default: none; ALPHA: what the file says]",
+)
 checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 bundles_argument = click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -182,20 +187,29 @@ def inspect(path: Path, quant: str | None, block: int | None, overrides: tuple[s
 @checkpoint_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: CHECKPOINT-QUANT.safetensors]")
 @quant_options("int4")
+@lora_option
 @force_option
 @quiet_option
 def quantize(
-    checkpoint: Path, output: Path | None, quant: str, block: int | None, overrides: tuple[str, ...], force: bool, quiet: bool
+    checkpoint: Path,
+    output: Path | None,
+    quant: str,
+    block: int | None,
+    overrides: tuple[str, ...],
+    lora: str | None,
+    force: bool,
+    quiet: bool,
 ) -> None:
     """Write a quantized checkpoint, to export from later.
 
     \b
     rwkv-edge quantize model.pth --quant int4 -o model-int4.safetensors
+    rwkv-edge quantize model.pth --lora poems.pth:32 -o poems-int4.safetensors
     """
     from .convert import quantize as write
 
     output = output or _beside(checkpoint, f"-{quant}.safetensors")
-    options: dict[str, Any] = dict(quant=quant, block=block, overrides=overrides, force=force)
+    options: dict[str, Any] = dict(quant=quant, block=block, overrides=overrides, lora=lora, force=force)
     _write("quantizing", quiet, functools.partial(write, checkpoint, output, **options))
 
 
@@ -203,6 +217,12 @@ def quantize(
 @checkpoint_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: CHECKPOINT-QUANT]")
 @quant_options(None)
+@lora_option
+@click.option(
+    "--initial-state",
+    type=click.Path(path_type=Path),
+    help="A state-tuned file, from which every text then begins.  [default: zeros]",
+)
 @click.option(
     "--wkv",
     type=click.Choice(["attention", "plain", "step"]),
@@ -228,6 +248,8 @@ def export(
     quant: str | None,
     block: int | None,
     overrides: tuple[str, ...],
+    lora: str | None,
+    initial_state: Path | None,
     wkv: str,
     tokenizer: Path | None,
     template: str | None,
@@ -240,6 +262,8 @@ def export(
     rwkv-edge export model.pth --quant int4
     rwkv-edge export model.pth --quant int4 --block 128 --override head.weight=8 -o phone
     rwkv-edge export model-int4.safetensors
+    rwkv-edge export model.pth --lora poems.pth:32 -o poems-int4
+    rwkv-edge export model.pth --initial-state poet.pth -o poet-int4
     """
     from .convert import export as write
 
@@ -247,17 +271,27 @@ def export(
     options: dict[str, Any] = dict(
         quant=quant, block=block, overrides=overrides, force=force, wkv=wkv, tokenizer=tokenizer, template=template
     )
+    options |= dict(lora=lora, initial_state=initial_state)
     _write("exporting", quiet, functools.partial(write, checkpoint, output, **options))
 
 
 @cli.command()
 @bundle_argument
 @click.option("--against", type=click.Path(path_type=Path), help="The checkpoint it was made from, to measure the cost.")
+@lora_option
 @click.option("-n", "--tokens", "n_tokens", metavar="N", type=click.IntRange(2, 65536), default=320, help="Tokens to compare.")
 @threads_option
 @json_option
 @quiet_option
-def check(bundle: Path, against: Path | None, n_tokens: int, threads: int | None, as_json: bool, quiet: bool) -> None:
+def check(
+    bundle: Path,
+    against: Path | None,
+    lora: str | None,
+    n_tokens: int,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Prove that a bundle computes its own weights.
 
     Reads the weights from the bundle's files, runs the step in numpy in float64, and holds every graph against it, reading
@@ -269,8 +303,9 @@ def check(bundle: Path, against: Path | None, n_tokens: int, threads: int | None
     """
     from .check import check as compare
 
+    _refuse_alone(lora, against)
     with progress_bar("checking", quiet) as progress:
-        report = compare(bundle, against, n_tokens=n_tokens, threads=threads, progress=progress)
+        report = compare(bundle, against, lora=lora, n_tokens=n_tokens, threads=threads, progress=progress)
     if as_json:
         print_json(report)
     else:
@@ -431,6 +466,7 @@ def chat(
     help='A text, or a .jsonl with a "text" in every line.  [default: two short stories that come along]',
 )
 @click.option("--against", type=click.Path(path_type=Path), help="A checkpoint to compare with.  [default: the first bundle]")
+@lora_option
 @click.option("--window", type=click.IntRange(2), metavar="N", help="Read windows of N tokens.  [default: whole documents]")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="At most so many documents, or windows.  [default: all]")
 @click.option("--last-words", is_flag=True, help="How often the last word of each document is right, as LAMBADA counts.")
@@ -442,6 +478,7 @@ def eval_(
     bundles: tuple[Path, ...],
     text: Path | None,
     against: Path | None,
+    lora: str | None,
     window: int | None,
     limit: int | None,
     last_words: bool,
@@ -464,8 +501,9 @@ def eval_(
 
     if last_words and (window or not text):
         raise click.UsageError("--last-words needs a --text of many short documents, which it reads whole: leave --window out.")
+    _refuse_alone(lora, against)
     texts = e.documents(text or DEMO.with_name("stories.txt"))
-    options: dict[str, Any] = {"against": against, "limit": limit, "exact": exact, "threads": threads}
+    options: dict[str, Any] = {"against": against, "lora": lora, "limit": limit, "exact": exact, "threads": threads}
     with progress_bar("reading", quiet) as progress:
         if last_words:
             words = e.last_words(bundles, texts, **options, progress=progress)
@@ -590,6 +628,11 @@ def _write(label: str, quiet: bool, write: Callable[..., Any]) -> None:
 
 
 # --- inputs ---
+
+
+def _refuse_alone(lora: str | None, against: Path | None) -> None:
+    if lora and not against:
+        raise click.UsageError("--lora is merged into the checkpoint of --against: give that too.")
 
 
 def _beside(checkpoint: Path, suffix: str | None) -> Path:

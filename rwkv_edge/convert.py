@@ -18,6 +18,8 @@ import numpy.typing as npt
 from . import __version__
 from .bundle import FORMAT, MANIFEST, dump_manifest, read_bundle, sha256_of, tensor_entry, why_not_replace
 from .checkpoints import QUANTIZED, Checkpoint, ModelId, open_checkpoint, verify
+from .checkpoints.initial_state import read_initial_state
+from .checkpoints.lora import with_lora
 from .checkpoints.safetensors import header
 from .errors import ExportError, InputError, OutputError, QuantizeError
 from .exporters import onnx
@@ -25,12 +27,14 @@ from .files import Record, Stored, new_directory, new_file
 from .qtensor import Plan, QTensor, Recipe
 from .quantize import plan as make_plan
 from .quantize import rtn
+from .runtime import State
 from .spec import Shape, Spec
 from .tokenizer import WORLD, WORLD_SIZE, World, open_tokenizer
 
 Progress = Callable[[int, int], None]
 WEIGHTS = "weights.bin"
 TABLES = "deep_embed.bin"  # what a step reads a row per token of
+INITIAL_STATE = "initial_state.safetensors"
 
 
 def _sampling(**settings: float) -> dict[str, float]:
@@ -88,18 +92,20 @@ def quantize(
     quant: str = "int4",
     block: int | None = None,
     overrides: Sequence[str] = (),
+    lora: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Written:
     """Write a quantized checkpoint: safetensors, with codes as MatMulNBits packs them and `{name}.scales` beside them.
 
     quant, block, overrides  see rwkv_edge.quantize.plan
+    lora                     a LoRA to merge before rounding, as FILE or FILE:ALPHA
     progress                 called with weights done and weights in all
 
     Raises  CheckpointError, QuantizeError, OutputError
     """
     output = Path(output)
-    source = open_checkpoint(checkpoint)
+    source = with_lora(open_checkpoint(checkpoint), lora)
     plan = _plan(source, quant, block, overrides)
     entries: dict[str, tuple[str, Shape]] = {}
     for name, w in source.spec.weights.items():
@@ -125,7 +131,7 @@ def quantize(
         about["sha256"] = hashed.sha256.hexdigest()
         f.seek(0)
         f.write(head())  # of the same length: only the ids are known later
-    return Written(output, output.stat().st_size, _bits_per_weight(source, plan), model_id)
+    return Written(output, output.stat().st_size, _bits_per_weight(source, plan), model_id, source.notes)
 
 
 def export(
@@ -135,6 +141,8 @@ def export(
     quant: str | None = None,
     block: int | None = None,
     overrides: Sequence[str] = (),
+    lora: str | Path | None = None,
+    initial_state: str | Path | None = None,
     wkv: str = "attention",
     tokenizer: str | Path | None = None,
     template: str | None = None,
@@ -144,6 +152,9 @@ def export(
     """Write a bundle for onnxruntime.
 
     quant, block, overrides  see rwkv_edge.quantize.plan; None is int4, or what a quantized checkpoint brings
+    lora       a LoRA to merge before rounding, W + (alpha / r) B A, as FILE, or FILE:ALPHA where it does not say its alpha;
+               the merged model is another model, with a model_id of its own
+    initial_state  a state-tuned file, `blocks.0.att.time_state` and so on: every text begins from it
     wkv        "attention" (onnxruntime's operator, the fastest), "plain" (plain operations), "step" (one token a call)
     tokenizer  a tokenizer.json, or a World vocabulary (.txt); without it, the tokenizer.json beside the checkpoint; without
                that, the World vocabulary for a model of its size, or else none
@@ -155,13 +166,14 @@ def export(
     Raises  CheckpointError, QuantizeError, ExportError, InputError, OutputError
     """
     output = Path(output)
-    source = open_checkpoint(checkpoint)
+    source = with_lora(open_checkpoint(checkpoint), lora)
     if wkv not in onnx.WKV_FORMS:
         raise ExportError(f"wkv {wkv!r} is unknown: expected one of {', '.join(onnx.WKV_FORMS)}")
     if template is not None and template not in TEMPLATES:
         raise ExportError(f"template {template!r} is unknown: expected one of {', '.join(TEMPLATES)}")
     spec, plan = source.spec, _plan(source, quant, block, overrides)
     verify(source)
+    first = read_initial_state(initial_state, spec) if initial_state else None
     tokenizer_file, tokenizer_about = _tokenizer(source, tokenizer)
     layout = onnx.Layout(spec, plan)
     graphs = {"run": onnx.trace(spec, plan, layout, wkv=wkv, exact=False, weights_file=WEIGHTS)}
@@ -178,6 +190,8 @@ def export(
         with contextlib.ExitStack() as stack:
             files = [(stack.enter_context(open(folder / file, "wb")), layout) for file, layout in layouts.items()]
             model_id = _write_tensors(source, plan, files, progress)
+        if first:
+            State(model_id, 0, first).save(folder / INITIAL_STATE)
         tensors = {}
         for name, w in spec.weights.items():
             file = TABLES if w.kind == "table" else WEIGHTS
@@ -200,6 +214,7 @@ def export(
             "files": {
                 file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())
             },
+            "initial_state": INITIAL_STATE if first else None,
             "tokenizer": tokenizer_about or None,
             "prompt": TEMPLATES[template or ("rwkv" if tokenizer_about.get("kind") == World.kind else "none")],
             "sampling": _sampling(),
@@ -209,7 +224,7 @@ def export(
         nbytes = sum(file.stat().st_size for file in folder.iterdir())
         read_bundle(folder, verify=False)  # what we write, we can read
     notes = () if tokenizer_file else (f"no tokenizer.json beside {source.path.name}: the bundle takes and gives token ids",)
-    return Written(output, nbytes, _bits_per_weight(source, plan), model_id, notes)
+    return Written(output, nbytes, _bits_per_weight(source, plan), model_id, (*source.notes, *notes))
 
 
 def _plan(source: Checkpoint, quant: str | None, block: int | None, overrides: Sequence[str]) -> Plan:

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .bundle import read_bundle
-from .checkpoints import Checkpoint, open_checkpoint
+from .checkpoints import Checkpoint, model_id, open_checkpoint
+from .checkpoints.lora import with_lora
 from .errors import BundleError, InputError
 from .files import utf8
 from .qtensor import QTensor
@@ -82,17 +83,20 @@ class Feeds(Protocol):
 
 
 class Reference:
-    """A checkpoint as numpy runs it in float32, reading its weights as they are needed."""
+    """A checkpoint as numpy runs it in float32, reading its weights as they are needed.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._spec = checkpoint.spec
+    first  the state that every text begins from; None is zeros
+    """
+
+    def __init__(self, checkpoint: Checkpoint, first: Mapping[str, Array] | None = None) -> None:
+        self._spec, self._first = checkpoint.spec, first
         self._weights: Mapping[str, Array | QTensor] = Weights(checkpoint.tensors)
         if checkpoint.spec.n_parameters <= _KEPT:
             self._weights = dict(self._weights)
 
     def feed(self, tokens: Sequence[int], state: Any = None, *, every: bool = False) -> tuple[Array, Any]:
         """As Model.feed."""
-        logits, state = run_reference(self._spec, self._weights, list(tokens), state)
+        logits, state = run_reference(self._spec, self._weights, list(tokens), self._first if state is None else state)
         return logits if every else logits[-1], state
 
 
@@ -177,6 +181,7 @@ def evaluate(
     texts: Sequence[str],
     *,
     against: str | Path | None = None,
+    lora: str | Path | None = None,
     window: int | None = None,
     limit: int | None = None,
     exact: bool = False,
@@ -185,7 +190,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure how well models predict texts, and how far they are from the first of them.
 
-    against  a checkpoint to compare with, in float32: it becomes the first
+    against  a checkpoint to compare with, in float32: it becomes the first. It begins from the initial state of the first
+             bundle if that is the same model
+    lora     to merge into it, as FILE or FILE:ALPHA
     window   read windows of so many tokens, each from a zero state, instead of whole documents
     limit    at most so many documents, or windows
     exact    compute matrix products in float32 where bundles round activations to 8 bits
@@ -198,7 +205,7 @@ def evaluate(
     if window is not None and (type(window) is not int or window < 2):
         raise InputError(f"a window of {window} tokens predicts nothing: expected a whole number, 2 or more")
     _refuse_no_texts(texts, limit)
-    feeds, names, tokenizer, end_of_text = _open(bundles, against, threads, exact)
+    feeds, names, tokenizer, end_of_text = _open(bundles, against, lora, threads, exact)
     read = passages(texts, tokenizer, end_of_text=end_of_text, window=window, limit=limit)
     total, done = sum(len(p.ids) - 1 for p in read), 0
     pieces, n_tokens, n_bytes = [], [], []
@@ -226,6 +233,7 @@ def last_words(
     texts: Sequence[str],
     *,
     against: str | Path | None = None,
+    lora: str | Path | None = None,
     limit: int | None = None,
     exact: bool = False,
     threads: int | None = None,
@@ -238,7 +246,7 @@ def last_words(
     Source  arXiv 1606.06031; the counting is that of the official RWKV scripts
     """
     _refuse_no_texts(texts, limit)
-    feeds, names, tokenizer, end_of_text = _open(bundles, against, threads, exact)
+    feeds, names, tokenizer, end_of_text = _open(bundles, against, lora, threads, exact)
     nll: list[list[float]] = [[] for _ in feeds]
     right: list[list[bool]] = [[] for _ in feeds]
     texts = list(texts)[:limit]
@@ -282,7 +290,11 @@ def _names(bundles: Sequence[str | Path]) -> list[str]:
 
 
 def _open(
-    bundles: Sequence[str | Path], against: str | Path | None, threads: int | None, exact: bool
+    bundles: Sequence[str | Path],
+    against: str | Path | None,
+    lora: str | Path | None,
+    threads: int | None,
+    exact: bool,
 ) -> tuple[list[Feeds], list[str], Tokenizer, int | None]:
     """What is compared, the checkpoint first, with their names; the tokenizer they share, and its end of text."""
     if not bundles:
@@ -309,7 +321,7 @@ def _open(
     feeds: list[Feeds] = [*models]
     names = _names(bundles)
     if against:
-        feeds.insert(0, _reference(against, first))
+        feeds.insert(0, _reference(against, lora, first))
         names.insert(0, Path(against).name)
     return feeds, names, first.tokenizer, first.end_of_text
 
@@ -320,14 +332,15 @@ def _tokenizer_sha(model: Model) -> str:
     return sha
 
 
-def _reference(against: str | Path, model: Model) -> Reference:
-    checkpoint = open_checkpoint(against)
+def _reference(against: str | Path, lora: str | Path | None, model: Model) -> Reference:
+    checkpoint = with_lora(open_checkpoint(against), lora)
     if checkpoint.spec.n_vocab != model.spec.n_vocab:
         raise InputError(
             f"{against} has a vocabulary of {checkpoint.spec.n_vocab}, the bundles one of {model.spec.n_vocab}: "
             "they cannot be compared"
         )
-    return Reference(checkpoint)
+    same = model.first and model_id(checkpoint) == model.first.model_id
+    return Reference(checkpoint, model.first.tensors if model.first and same else None)
 
 
 def _sums(logits: Sequence[Array], y: Array) -> Array:

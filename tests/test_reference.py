@@ -9,6 +9,7 @@ from conftest import DEMO, REFERENCE, apart
 from make_goldens import run_in_a_process
 
 from rwkv_edge.checkpoints import open_checkpoint
+from rwkv_edge.checkpoints.initial_state import read_initial_state
 from rwkv_edge.reference import run_reference
 
 pytestmark = pytest.mark.reference
@@ -41,6 +42,21 @@ def test_the_rwkv_package_agrees(name, one_by_one, tmp_path):
     logits, state = run_reference(checkpoint.spec, {n: t.read() for n, t in checkpoint.tensors.items()}, ids)
     assert apart(logits, expected) <= REFERENCE
     assert max(apart(state[n], x) for n, x in end.items()) <= REFERENCE
+
+
+@pytest.mark.parametrize("name", list(factory.BEFORE_7)[1:])
+def test_the_rwkv_package_begins_from_the_same_initial_state(name, tmp_path):
+    """It takes time_state from the model's own file."""
+    w = factory.weights(**factory.SHAPES[name])
+    spec = open_checkpoint(factory.write_pth(tmp_path / "m.pth", w, "fp32")).spec
+    shape = (spec.n_head, spec.head_size, spec.head_size)
+    first = {n: factory.uniform(n, shape) for n in (f"blocks.{i}.att.time_state" for i in range(spec.n_layer))}
+    ids = factory.tokens(40, spec.n_vocab)
+    expected, _ = run_in_a_process(factory.write_pth(tmp_path / "both.pth", w | first, "fp32"), ids, version=spec.version)
+    begin = read_initial_state(factory.write_pth(tmp_path / "state.pth", first, "fp32"), spec)
+    weights = {n: t.read() for n, t in open_checkpoint(tmp_path / "m.pth").tensors.items()}
+    assert apart(run_reference(spec, weights, ids, begin)[0], expected) <= REFERENCE
+    assert apart(run_reference(spec, weights, ids)[0], expected) > 0.1
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

@@ -4,9 +4,11 @@ import hashlib
 import json
 import re
 import struct
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -29,6 +31,7 @@ class Checkpoint:
     tensors  canonical name -> Stored, in the order in which a step reads them
     known_id the model's id where the file states it (our own quantized checkpoints), else None
     sha256   of such a file's data
+    notes    on what was merged into it
     """
 
     path: Path
@@ -36,6 +39,7 @@ class Checkpoint:
     tensors: Mapping[str, Stored]
     known_id: str | None = None
     sha256: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> bool:
@@ -79,18 +83,24 @@ def _canonical(path: Path, records: dict[str, Record]) -> Checkpoint:
     """Bring official names and layouts to canonical ones: no axes of one, matrices as (outputs, inputs)."""
     try:
         model = detect(records)
-        tensors: dict[str, Stored] = {}
-        for name, record in records.items():
-            last = name.split(".")[-1]
-            if name in model.UNUSED:
-                continue
-            for part, flat in _parts(name, record, model.STACKED.get(last, "")):
-                transposed = last in model.INPUTS_FIRST and len(flat.shape) == 2
-                tensors[part] = Stored(part, flat.shape[::-1] if transposed else flat.shape, flat, transposed)
+        tensors = canonical(model, records)
         spec: Spec = model.spec({name: t.shape for name, t in tensors.items()})
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
     return Checkpoint(path, spec, {name: tensors[name] for name in spec.weights})
+
+
+def canonical(model: ModuleType, records: Mapping[str, Record]) -> dict[str, Stored]:
+    """Give tensors by official names their canonical shapes, without those that no step reads."""
+    tensors: dict[str, Stored] = {}
+    for name, record in records.items():
+        last = name.split(".")[-1]
+        if name in model.UNUSED:
+            continue
+        for part, flat in _parts(name, record, model.STACKED.get(last, "")):
+            transposed = last in model.INPUTS_FIRST and len(flat.shape) == 2
+            tensors[part] = Stored(part, flat.shape[::-1] if transposed else flat.shape, flat, transposed)
+    return tensors
 
 
 def _parts(name: str, record: Record, letters: str) -> list[tuple[str, Record]]:
@@ -107,6 +117,11 @@ def _parts(name: str, record: Record, letters: str) -> list[tuple[str, Record]]:
     elif len(shape) == 3 and shape[1:] == (1, 1):
         shape = shape[:1]
     return [(name, Record(record.path, record.offset, record.dtype, shape))]
+
+
+def read_adapter(path: Path) -> dict[str, Record]:
+    """Find every tensor of what is given beside a checkpoint: a torch zip file, or safetensors."""
+    return read_pth(path) if zipfile.is_zipfile(path) else read_safetensors(path)[0]
 
 
 def _quantized(path: Path, records: dict[str, Record], text: str) -> Checkpoint:

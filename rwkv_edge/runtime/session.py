@@ -44,6 +44,7 @@ class Model:
     tokenizer    of the bundle; None where it has none
     end_of_text  id of the token that ends a text, or None
     sampling     the bundle's defaults
+    first        the state that every text begins from, where the bundle has one; None is zeros
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, spin: bool = True, role: str = "run") -> None:
@@ -53,6 +54,8 @@ class Model:
         self.tokenizer = open_tokenizer(bundle.path / about["file"]) if about else None
         self.end_of_text: int | None = about["end_of_text"] if about else None
         self.sampling = Sampling(**bundle.manifest["sampling"])
+        first = bundle.manifest["initial_state"]
+        self.first: State | None = self.load_state(bundle.path / first) if first else None
         self._graph = bundle.graph(role)
         self._session = _session(bundle.path / self._graph["file"], self._graph["needs"], threads, spin)
         self._lock = threading.Lock()
@@ -215,7 +218,8 @@ class Loop:
         return self._ort.OrtValue.ortvalue_from_numpy(x)  # shares x's memory
 
     def load(self, state: State | None) -> None:
-        """Begin from a state, or from the first one."""
+        """Begin from a state, or from the model's first one."""
+        state = self._model.first if state is None else state
         if state is not None and not isinstance(state, State):
             raise InputError(f"the state is a {type(state).__name__}: give the State that feed, generate or load_state gave")
         if state is not None and state.model_id != self._model.bundle.model_id:
