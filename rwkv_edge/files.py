@@ -152,10 +152,27 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Product:
-    """What an adapter adds to a matrix (O, I): scale left right, of (O, r) and (r, I)."""
+class Normed:
+    """The layer norm of every row of a stored matrix, read when it is needed."""
 
-    left: Stored
+    data: Stored
+    weight: Stored
+    bias: Stored
+
+    def rows(self, start: int, stop: int) -> Array:
+        x, weight, bias = (
+            np.asarray(t, np.float64) for t in (self.data.rows(start, stop), self.weight.read(), self.bias.read())
+        )
+        d = x - x.mean(-1, keepdims=True)
+        y: Array = (d / np.sqrt((d * d).mean(-1, keepdims=True) + 1e-5) * weight + bias).astype(np.float32)
+        return y
+
+
+@dataclass(frozen=True)
+class Product:
+    """What is added to a matrix (O, I): scale left right, of (O, r) and (r, I); a LoRA, or part of a DeepEmbed table."""
+
+    left: Stored | Normed
     right: Stored
     scale: float
 
@@ -179,7 +196,7 @@ class Product:
             exact += x
             total = exact.astype(np.float32)
         if not np.isfinite(total).all():
-            raise CheckpointError(f"{self.left.data.path}: {name} overflows with it: is alpha right, {self.scale:g} times r?")
+            raise CheckpointError(f"{self.right.data.path}: {name} overflows with it: is alpha right, {self.scale:g} times r?")
         return total
 
 

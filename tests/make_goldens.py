@@ -25,7 +25,9 @@ N_TOKENS = 128
 
 def run_rwkv(pth: Path, ids: list[int], *, version: str = "7", one_by_one: bool = True):
     """Logits (T, V) and state of the rwkv package, in float32.  Version 7 and the others need a process each."""
-    os.environ.update(RWKV_V7_ON="1" if version == "7" else "0", RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
+    os.environ.update(RWKV_V7_ON=str(int(version[0] == "7")), RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
+    if version == "7a":
+        os.environ["RWKV_DE_VERSION"] = "1"
     import contextlib
 
     with contextlib.redirect_stdout(sys.stderr):

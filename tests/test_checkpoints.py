@@ -259,7 +259,6 @@ def test_weights_that_are_not_a_model(change, message, tmp_path):
     ("key", "message"),
     [
         ("_strategy", "converted by ChatRWKV"),
-        ("blocks.0.ffn.s_emb.weight", "RWKV-7a (DeepEmbed)"),
         ("blocks.0.ffn.enn.weight", "RWKV-7b research model"),
         ("blocks.3.qkv.weight", "has attention layers besides RWKV's"),
         ("blocks.0.rosa_qkv.weight", "RWKV-8 ROSA research model"),
@@ -283,6 +282,37 @@ def test_tensors_of_two_versions_are_refused():
         CheckpointError, match=r"more than one version of RWKV \('blocks.0.att.r_k' and 'blocks.3.att.time_maa_x'\)"
     ):
         detect(names)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: w.pop("blocks.1.ffn.s_emb.weight"),
+            "blocks.1.ffn.s_emb_x.weight needs emb.weight, blocks.0.ln0 and blocks.1",
+        ),
+        (
+            lambda w: w.update({"blocks.0.ffn.s_emb_x.weight": np.zeros((5, 48), np.float32)}),
+            "has shape (5, 48), expected (1024,",
+        ),
+        (lambda w: w.pop("blocks.1.ffn.s0"), "blocks.1.ffn.s0 is missing: expected (160,) for RWKV-7a"),
+    ],
+)
+def test_a_deep_embed_that_is_not_whole_is_refused(change, message, tmp_path):
+    w = factory.weights(**factory.DEEP_EMBED)
+    change(w)
+    assert message in refused(write(tmp_path, w))
+
+
+def test_deep_embed_tables_are_merged_as_the_rwkv_package_does(tmp_path):
+    w = factory.weights(**factory.DEEP_EMBED)
+    table = open_checkpoint(write(tmp_path, w)).tensors["blocks.1.ffn.s_emb.weight"]
+    x = w["emb.weight"].astype(np.float64)
+    x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+    x = x * w["blocks.0.ln0.weight"] + w["blocks.0.ln0.bias"]
+    expected = w["blocks.1.ffn.s_emb.weight"] + x @ w["blocks.1.ffn.s_emb_x.weight"].T
+    np.testing.assert_allclose(table.read(), expected, atol=2e-6)
+    np.testing.assert_array_equal(table.rows(7, 20), table.read()[7:20])
 
 
 def header(entries, body=b"\0" * 64):

@@ -18,6 +18,9 @@ SHAPES = {
     **factory.SHAPES,
     "small-heads": dict(n_layer=3, n_head=6, head_size=8, n_ffn=160, n_vocab=50, ranks=(3, 4, 5, 6), layer0_v=False),
     "wide": dict(n_layer=4, n_head=4, head_size=64, n_ffn=1024, n_vocab=300, ranks=(64, 64, 32, 128), layer0_v=False),
+    "v7a wide": dict(
+        version="7a", n_layer=2, n_head=2, head_size=64, n_ffn=512, n_vocab=96, ranks=(32, 32, 16, 48), layer0_v=False
+    ),
     "v4 wide": dict(version="4", n_layer=3, n_embd=128, n_ffn=512, n_vocab=300),
     "v4 odd": dict(version="4", n_layer=2, n_embd=36, n_ffn=100, n_vocab=33),
     "v5.0 heads of 8": dict(version="5.0", n_layer=3, n_head=5, head_size=8, n_ffn=160, n_vocab=50),

@@ -101,6 +101,12 @@ MUTATIONS = {
         ('W["ln_out.weight"], W["ln_out.bias"]', 'W["blocks.0.ln0.weight"], W["blocks.0.ln0.bias"]'),
         ('state[f"{i}.ffn_x"])', 'state[f"{i}.att_x"])'),
     ],
+    (rwkv7, "v7a"): [
+        ('k = k * F.linear(F.each_token_matmul(F.linear(x, W["s1"]), E), W["s2"], W["s0"])', "pass"),
+        ('F.linear(x, W["s1"]), E', 'F.linear(x_k, W["s1"]), E'),
+        ('E), W["s2"], W["s0"])', 'E), W["s2"])'),
+        ('F.each_token_matmul(F.linear(x, W["s1"]), E)', 'F.linear(x, W["s1"])'),
+    ],
     (rwkv6, "v6"): [
         ("F.uncol(S @ F.col(r)), S *", "F.uncol(S @ F.col(k)), S *"),
         ("S * F.row(F.exp(ln_w))", "S"),

@@ -6,14 +6,14 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
 from ..errors import CheckpointError
-from ..files import Record, Stored
+from ..files import Normed, Product, Record, Stored
 from ..models import detect
 from ..spec import Shape, Spec
 from .pth import read_pth
@@ -100,7 +100,23 @@ def canonical(model: ModuleType, records: Mapping[str, Record]) -> dict[str, Sto
         for part, flat in _parts(name, record, model.STACKED.get(last, "")):
             transposed = last in model.INPUTS_FIRST and len(flat.shape) == 2
             tensors[part] = Stored(part, flat.shape[::-1] if transposed else flat.shape, flat, transposed)
+    for name in [n for n in tensors if n.endswith(".s_emb_x.weight")]:
+        _add_embedding(tensors, name)
     return tensors
+
+
+def _add_embedding(tensors: dict[str, Stored], name: str) -> None:
+    """RWKV-7a: every table has a part that follows from the embedding, s_emb + LayerNorm(emb; ln0) s_emb_x^T."""
+    x, table, norm = tensors.pop(name), name.replace("s_emb_x", "s_emb"), "blocks.0.ln0."
+    try:
+        normed = Normed(tensors["emb.weight"], tensors[f"{norm}weight"], tensors[f"{norm}bias"])
+        (V, n), (_, C) = tensors[table].shape, normed.data.shape
+    except (KeyError, ValueError) as e:
+        raise CheckpointError(f"{name} needs emb.weight, blocks.0.ln0 and {table}, and one of them is missing") from e
+    if x.shape != (n, C) or normed.data.shape[0] != V or normed.weight.shape != (C,) or normed.bias.shape != (C,):
+        raise CheckpointError(f"{name} has shape {x.shape}, expected {(n, C)} for n_embd={C} and a table of {(V, n)}")
+    right = Stored(name, x.shape[::-1], x.data, transposed=True)
+    tensors[table] = replace(tensors[table], plus=Product(normed, right, 1.0))
 
 
 def _parts(name: str, record: Record, letters: str) -> list[tuple[str, Record]]:

@@ -28,7 +28,18 @@ VERSIONS = ("7", "7a")
 MARKER = "blocks.0.att.r_k"
 UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")  # the first layer has no value to mix in
 STACKED: dict[str, str] = {}
-INPUTS_FIRST = ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "s1", "s2")  # stored (inputs, outputs), unlike every other matrix
+INPUTS_FIRST = (
+    "w1",
+    "w2",
+    "a1",
+    "a2",
+    "v1",
+    "v2",
+    "g1",
+    "g2",
+    "s1",
+    "s2",
+)  # stored (inputs, outputs), unlike every other matrix
 
 
 def step(
