@@ -1,6 +1,7 @@
 """The tables of RWKV-7a (DeepEmbed): larger than the model, so they stay in their file, mapped into memory."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ class Tables:
         return out
 
 
-def _map(record: Record) -> npt.NDArray[np.generic]:
+def _map(record: Record) -> npt.NDArray[Any]:
     try:
         return np.memmap(record.path, DTYPES[record.dtype], "r", record.offset, record.shape)
     except OSError as e:
