@@ -17,13 +17,13 @@ from .qtensor import Plan, Recipe, packed_bytes
 from .spec import Shape, Spec
 
 # Memory. Measured in processes of their own with onnxruntime 1.32 on Linux x86-64 (RssAnon, RssFile and smaps after every
-# stage), RWKV-7 of 0.1, 0.4 and 1.5 billion parameters at five recipes
-PROCESS = 32_000_000  # Python, numpy, onnxruntime and this package
-LIBRARIES = 45_000_000  # their code, of which a file is behind
+# stage), RWKV-7 of 0.1, 0.4 and 1.5 billion parameters at five recipes, and narrow ones of 12 to 61 layers
+PROCESS = 30_000_000  # Python, numpy, onnxruntime and this package
+LIBRARIES = 48_000_000  # their code, of which a file is behind
 TOKENIZER = 25  # for every byte of its file
-NODE = 12_000  # onnxruntime's own, for every node of the graph
-LIVE = 36  # activations (T, C) that the arena holds at once; it grows by powers of two, and twice: before it knows the
-ARENAS = 2  # pattern of a chunk, and after
+NODE = 5_000  # onnxruntime's own, for every node of the graph
+LIVE, LIVE_LAYER = 22, 2.15  # activations (T, C) that its arena holds for a chunk of T tokens, and for every layer
+ARENAS = 2  # times that: it first learns what a chunk needs, then allocates that at once
 STATES = 4  # a model's loop and a generation's, each with two sets of buffers
 
 # Speed. Decoding with one thread and with two, held against what `bandwidth` told on the same machine
@@ -84,9 +84,9 @@ def forecast(
     read = sum(_held(*pair) for pair in weights)
     mapped = plan["emb.weight"].nbytes(shapes["emb.weight"]) + sum(packed_bytes(s, r.bits, r.block)[1] for r, s in weights if r.block)
 
-    chunk = 4 * step.about["T"] * spec.n_embd * LIVE
+    chunk = 4 * step.about["T"] * spec.n_embd * (LIVE + LIVE_LAYER * spec.n_layer)
     anonymous = PROCESS + TOKENIZER * tokenizer_bytes + read + NODE * len(step.g.nodes) + STATES * spec.state_bytes
-    anonymous += ARENAS << math.ceil(math.log2(chunk))
+    anonymous += int(ARENAS * chunk)
     peak = LIBRARIES + anonymous + mapped
 
     n_graphs = 1 if step.about["arithmetic"] == "exact" else 2
@@ -118,15 +118,16 @@ def _manifest(spec: Spec, plan: Plan, graphs: list[dict[str, object]]) -> int:
 def bandwidth() -> dict[int, float]:
     """Measure how fast memory is read, in bytes a second: by one thread, and by one on every core.
 
-    numpy reads 128 MiB, several times over; the fastest counts. It takes about half a second.
+    numpy reads 128 MiB, again and again; the fastest counts, for other programs only slow it down. It takes about half a second.
     """
     x = np.ones(_SAMPLE // 8, np.int64)
     cores = os.cpu_count() or 1
     found = {}
     for n in dict.fromkeys((1, cores)):
-        parts, seconds = np.array_split(x, n), []
+        parts, seconds = np.array_split(x, n), list[float]()
         with ThreadPoolExecutor(n) as pool:
-            for _ in range(8):
+            end = time.perf_counter() + 0.2
+            while len(seconds) < 3 or time.perf_counter() < end:
                 start = time.perf_counter()
                 list(pool.map(np.bitwise_or.reduce, parts))
                 seconds.append(time.perf_counter() - start)
