@@ -177,7 +177,7 @@ def inspect(
     tensors: bool,
     as_json: bool,
 ) -> None:
-    """Tell what a checkpoint or a bundle holds, what each tensor would become, and what that takes.
+    """Tell what a checkpoint or a bundle holds, would become, and takes.
 
     \b
     rwkv-edge inspect model.pth

@@ -123,7 +123,7 @@ def _name(quant: str, block: int | None, overrides: Sequence[str]) -> str:
 
 def _tokenizer_bytes(checkpoint: Path, spec: Spec) -> int:
     """Of the tokenizer that export would take without being given one."""
-    file = checkpoint.with_name("tokenizer.json")
+    file = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "tokenizer.json"
     if not file.is_file():
         return WORLD.stat().st_size if spec.n_vocab == WORLD_SIZE else 0
     return file.stat().st_size

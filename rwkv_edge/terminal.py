@@ -90,7 +90,7 @@ def _print_forecasts(found: Any) -> None:
     """What each recipe takes, and how the speeds were come by."""
     asked = found.forecasts[0].fits is not None
     threads = list(found.bandwidth)
-    head = ["recipe", "bundle", "bits", "memory", "anon", "read", *(f"tok/s x{n}" for n in threads), *["fits"] * asked]
+    head = ["recipe", "bundle", "bits", "memory", "anon", "read", *(f"tok/s on {n}" for n in threads), *["fits"] * asked]
     rows = [
         (
             f.recipe,
@@ -99,22 +99,18 @@ def _print_forecasts(found: Any) -> None:
             size(f.peak_bytes),
             size(f.anonymous_bytes),
             size(f.read_bytes),
-            *(_tok_s(f.tok_s[n]) for n in threads),
+            *(f"{float(f'{f.tok_s[n]:.2g}'):g}" for n in threads),  # two digits are all it knows
             *["yes" if f.fits else "no"] * asked,
         )
         for f in found.forecasts
     ]
     table(head, rows)
-    rates = ", ".join(f"{rate / 1e9:.1f} GB/s with {_threads(n)}" for n, rate in found.bandwidth.items())
+    rates = ", ".join(f"{rate / 1e9:.1f} GB/s on {n}" for n, rate in found.bandwidth.items())
     click.echo(
         "\nA forecast. bundle: on disk. bits: per weight. memory: at most, reading a long prompt; anon: of it,\n"
-        "backed by no file. read: weights that a token reads. tok/s: to decode with so many threads, from\n"
-        f"memory's speed, measured now by numpy reading 128 MiB: {rates}.\n"
+        "backed by no file. read: weights for one token, as onnxruntime holds them. tok/s: to decode on so\n"
+        f"many threads here, where numpy just read memory at {rates}.\n"
     )
-
-
-def _threads(n: int) -> str:
-    return "1 thread" if n == 1 else f"{n} threads"
 
 
 def print_report(report: Any) -> None:

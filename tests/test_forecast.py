@@ -7,7 +7,6 @@ from click.testing import CliRunner
 from conftest import DEMO
 
 from rwkv_edge import inspection
-from rwkv_edge.bundle import read_bundle
 from rwkv_edge.cli import cli
 from rwkv_edge.errors import InputError
 from rwkv_edge.forecast import bandwidth, forecast, parse_size
@@ -51,10 +50,11 @@ def test_the_bundle_is_as_large_as_was_said(bundle, quant, block):
     (found,) = inspect(path).forecasts
     assert found.nbytes == sum(file.stat().st_size for file in path.iterdir())
     assert said.nbytes == pytest.approx(found.nbytes, rel=1e-3)
-    assert (said.read_bytes, said.peak_bytes, said.bits_per_weight) == (found.read_bytes, found.peak_bytes, found.bits_per_weight)
-    manifest = read_bundle(path, verify=False).manifest
-    assert said.bits_per_weight == inspect(path).nbytes * 8 / inspect(path).n_parameters
-    assert manifest["spec"]["n_layer"] == 6
+    assert (said.read_bytes, said.peak_bytes, said.bits_per_weight) == (
+        found.read_bytes,
+        found.peak_bytes,
+        found.bits_per_weight,
+    )
 
 
 def test_a_quantized_checkpoint_too(tmp_path, bundle):
@@ -93,7 +93,7 @@ def test_the_largest_model():
     spec = big()
     assert spec.n_parameters == 13_269_245_952
     found = forecast(spec, plan(spec, "int4", block=128), recipe="int4 block 128", bandwidth=RATE, memory=10**10)
-    assert 7.5e9 < found.nbytes < 8e9
+    assert found.nbytes == pytest.approx(found.bits_per_weight * spec.n_parameters / 8, rel=1e-3)
     assert found.nbytes < found.peak_bytes < 10e9
     assert found.anonymous_bytes < found.peak_bytes
     assert found.fits
@@ -102,13 +102,21 @@ def test_the_largest_model():
 
 def test_memory_is_measured():
     found = bandwidth()
-    assert list(found)[0] == 1
+    assert next(iter(found)) == 1
     assert all(1e8 < rate < 1e13 for rate in found.values())
 
 
 @pytest.mark.parametrize(
     ("text", "n"),
-    [("4GB", 4 * 10**9), ("4 GiB", 4 << 30), ("512mb", 512 * 10**6), ("1.5MiB", 3 << 19), ("800kB", 800_000), ("77", 77), ("7B", 7)],
+    [
+        ("4GB", 4 * 10**9),
+        ("4 GiB", 4 << 30),
+        ("512mb", 512 * 10**6),
+        ("1.5MiB", 3 << 19),
+        ("800kB", 800_000),
+        ("77", 77),
+        ("7B", 7),
+    ],
 )
 def test_sizes(text, n):
     assert parse_size(text) == n
@@ -116,19 +124,21 @@ def test_sizes(text, n):
 
 @pytest.mark.parametrize("text", ["", "GB", "4 apples", "-1", "4GBs", "nan", "1e9", "4G"])
 def test_what_is_no_size(text):
-    with pytest.raises(InputError, match="is no size: expected a number of bytes, or of kB, MB, GB, KiB, MiB or GiB, such as 4GB"):
+    with pytest.raises(
+        InputError, match="is no size: expected a number of bytes, or of kB, MB, GB, KiB, MiB or GiB, such as 4GB"
+    ):
         parse_size(text)
 
 
 def test_fits():
-    found = run(DEMO, "--fits", "100MB")
+    found = run(DEMO, "--fits", "125MB")
     assert (found.exit_code, found.stderr) == (0, "")
     lines = found.stdout.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("recipe"))
     assert lines[at].split()[-1] == "fits"
     answers = {line[:14].rstrip(): line.split()[-1] for line in lines[at + 1 : at + 6]}
-    assert list(answers) == ["none", "fp16", "int8", "int4", "int4 block 128"]
-    assert "20.0 GB/s with 1 thread, 30.0 GB/s with 2 threads" in found.stdout
+    assert answers == {"none": "no", "fp16": "no", "int8": "yes", "int4": "yes", "int4 block 128": "yes"}
+    assert "numpy just read memory at 20.0 GB/s on 1, 30.0 GB/s on 2." in found.stdout
     assert max(map(len, lines)) <= 100 + len(str(DEMO))
 
 
