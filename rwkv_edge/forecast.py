@@ -17,7 +17,8 @@ from .qtensor import Plan, Recipe, packed_bytes
 from .spec import Shape, Spec
 
 # Memory. Measured in processes of their own with onnxruntime 1.32 on Linux x86-64 (RssAnon, RssFile and smaps after every
-# stage), RWKV-7 of 0.1, 0.4 and 1.5 billion parameters at five recipes, and narrow ones of 12 to 61 layers
+# stage), RWKV-7 of 0.1, 0.4 and 1.5 billion parameters at five recipes, and narrow ones of 12 to
+# 61 layers; RWKV-4, 5.2 and 6 of 0.2 billion at int4 agree with them
 PROCESS = 30_000_000  # Python, numpy, onnxruntime and this package
 LIBRARIES = 48_000_000  # their code, of which a file is behind
 TOKENIZER = 25  # for every byte of its file
@@ -40,7 +41,7 @@ class Forecast:
 
     nbytes           of the bundle on disk
     bits_per_weight  of its weights, scales included
-    peak_bytes       of memory while a long prompt is read, files included, on the CPU
+    peak_bytes       of memory while a long prompt is read, on the CPU, files included but for RWKV-7a's tables
     anonymous_bytes  of it backed by no file: what cannot be given back under pressure
     read_bytes       of weights that one token reads, as onnxruntime holds them: float16 is widened, a block has two scales
     tok_s            threads -> tokens a second to expect of decoding
@@ -81,12 +82,10 @@ def forecast(
     """
     layout = onnx.Layout(spec, plan)
     step = onnx.record(spec, plan, layout, wkv=wkv, exact=False)
-    shapes = {name: w.shape for name, w in spec.weights.items()}
-    weights = [(plan[name], shape) for name, shape in shapes.items() if name != "emb.weight"]
+    weights = [(plan[name], w.shape) for name, w in spec.weights.items() if w.kind not in ("embedding", "table")]
     read = sum(_held(*pair) for pair in weights)
-    mapped = plan["emb.weight"].nbytes(shapes["emb.weight"]) + sum(
-        packed_bytes(s, r.bits, r.block)[1] for r, s in weights if r.block
-    )
+    mapped = plan["emb.weight"].nbytes(spec.weights["emb.weight"].shape)
+    mapped += sum(packed_bytes(s, r.bits, r.block)[1] for r, s in weights if r.block)
 
     chunk = 4 * step.about["T"] * spec.n_embd * (LIVE + LIVE_LAYER * spec.n_layer)
     anonymous = PROCESS + TOKENIZER * tokenizer_bytes + read + NODE * len(step.g.nodes) + STATES * spec.state_bytes
@@ -95,12 +94,13 @@ def forecast(
 
     n_graphs = 1 if step.about["arithmetic"] == "exact" else 2
     if nbytes is None:
-        nbytes = layout.end + n_graphs * step.nbytes + tokenizer_bytes + _manifest(spec, plan, n_graphs * [step.about])
+        nbytes = layout.end + onnx.Layout.of_tables(spec, plan).end + n_graphs * step.nbytes + tokenizer_bytes
+        nbytes += _manifest(spec, plan, n_graphs * [step.about])
     tok_s = {
         n: 1 / (sum(_held(r, s) / EFFICIENCY[r.bits] for r, s in weights) / rate + NODE_S * len(step.g.nodes))
         for n, rate in bandwidth.items()
     }
-    stored = sum(plan[name].nbytes(shape) for name, shape in shapes.items())
+    stored = sum(plan[name].nbytes(w.shape) for name, w in spec.weights.items())
     fits = None if memory is None else peak <= memory
     return Forecast(recipe, nbytes, 8 * stored / spec.n_parameters, peak, anonymous, read, tok_s, fits)
 

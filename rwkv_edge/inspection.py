@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .bundle import read_bundle
+from .bundle import MANIFEST, read_bundle
 from .checkpoints import open_checkpoint
 from .errors import QuantizeError
 from .forecast import Forecast, bandwidth, forecast
 from .qtensor import Plan, Recipe
 from .quantize import plan
-from .spec import Shape, Spec
-from .tokenizer import WORLD, WORLD_SIZE
+from .spec import Shape
+from .tokenizer import tokenizer_beside
 
 # recipes to choose from, as --quant and --block
 RECIPES: tuple[tuple[str, int | None], ...] = (("none", None), ("fp16", None), ("int8", None), ("int4", None), ("int4", 128))
@@ -84,7 +84,7 @@ def inspect(
     Raises  CheckpointError, BundleError, QuantizeError
     """
     about: dict[str, Any] = {}
-    if Path(path).is_dir():
+    if (Path(path) / MANIFEST).exists():
         bundle = read_bundle(path, verify=False)
         graphs = ", ".join(f"{g['file']} ({g['wkv']}, {g['arithmetic']})" for g in bundle.manifest["graphs"])
         what, column, spec, stored = f"bundle: {graphs}", "stored as", bundle.spec, bundle.tensors
@@ -97,7 +97,8 @@ def inspect(
         what, column, spec, stored = "checkpoint", f"as {quant or 'int4'}", checkpoint.spec, checkpoint.tensors
         if checkpoint.quantized:
             what, column = "quantized checkpoint", "stored as"
-        about |= {"tokenizer_bytes": _tokenizer_bytes(checkpoint.path, spec)}
+        tokenizer_file = tokenizer_beside(checkpoint.path, spec.n_vocab)
+        about |= {"tokenizer_bytes": tokenizer_file.stat().st_size if tokenizer_file else 0}
     if column == "stored as":
         if quant or block or overrides:
             raise QuantizeError(f"{path} is stored as it is: --quant, --block and --override are for checkpoints")
@@ -119,11 +120,3 @@ def inspect(
 
 def _name(quant: str, block: int | None, overrides: Sequence[str]) -> str:
     return ", ".join((f"{quant} block {block}" if block else quant, *overrides))
-
-
-def _tokenizer_bytes(checkpoint: Path, spec: Spec) -> int:
-    """Of the tokenizer that export would take without being given one."""
-    file = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "tokenizer.json"
-    if not file.is_file():
-        return WORLD.stat().st_size if spec.n_vocab == WORLD_SIZE else 0
-    return file.stat().st_size

@@ -2,12 +2,14 @@
 
 import json
 
+import factory
 import pytest
 from click.testing import CliRunner
 from conftest import DEMO
 
 from rwkv_edge import inspection
 from rwkv_edge.cli import cli
+from rwkv_edge.convert import export
 from rwkv_edge.errors import InputError
 from rwkv_edge.forecast import bandwidth, forecast, parse_size
 from rwkv_edge.inspection import inspect
@@ -55,6 +57,16 @@ def test_the_bundle_is_as_large_as_was_said(bundle, quant, block):
         found.peak_bytes,
         found.bits_per_weight,
     )
+
+
+@pytest.mark.parametrize("sizes", [*factory.BEFORE_7.values(), factory.DEEP_EMBED], ids=lambda sizes: sizes["version"])
+def test_every_version_s_weights_are_as_large_as_was_said(tmp_path, sizes):
+    """Toys: their graphs are nearly all of the bundle, so 1 % of those is allowed."""
+    pth = factory.write_pth(tmp_path / "model.pth", factory.weights(**sizes))
+    export(pth, tmp_path / "bundle", quant="int4")
+    (said,), (found,) = inspect(pth, quant="int4").forecasts, inspect(tmp_path / "bundle").forecasts
+    assert said.nbytes == pytest.approx(found.nbytes, rel=0.01)
+    assert (said.read_bytes, said.peak_bytes) == (found.read_bytes, found.peak_bytes)
 
 
 def test_a_quantized_checkpoint_too(tmp_path, bundle):

@@ -49,6 +49,15 @@ class Layout:
         self.places: dict[Part, Place] = {}
         self.end = 0
 
+    @classmethod
+    def of_tables(cls, spec: Spec, plan: Plan) -> "Layout":
+        """The tables lie in a file of their own, one after the other."""
+        layout = cls(spec, plan)
+        for name in spec.tables:
+            for what in ("data", "scales") if plan[name].block else ("data",):
+                layout.place([(name, what)])
+        return layout
+
     def place(self, parts: Sequence[Part]) -> Place:
         """Give the place of these parts, side by side; decide it if it is the first time."""
         sizes = [self._nbytes(part) for part in parts]
