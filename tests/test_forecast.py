@@ -61,11 +61,11 @@ def test_the_bundle_is_as_large_as_was_said(bundle, quant, block):
 
 @pytest.mark.parametrize("sizes", [*factory.BEFORE_7.values(), factory.DEEP_EMBED], ids=lambda sizes: sizes["version"])
 def test_every_version_s_weights_are_as_large_as_was_said(tmp_path, sizes):
-    """Toys: their graphs are nearly all of the bundle, so 1 % of those is allowed."""
+    """Weights to the byte; graphs and manifest, nearly all of such toys, nearly: these have no tokenizer and no prompt."""
     pth = factory.write_pth(tmp_path / "model.pth", factory.weights(**sizes))
     export(pth, tmp_path / "bundle", quant="int4")
     (said,), (found,) = inspect(pth, quant="int4").forecasts, inspect(tmp_path / "bundle").forecasts
-    assert said.nbytes == pytest.approx(found.nbytes, rel=0.01)
+    assert said.nbytes == pytest.approx(found.nbytes, abs=2500)
     assert (said.read_bytes, said.peak_bytes) == (found.read_bytes, found.peak_bytes)
 
 

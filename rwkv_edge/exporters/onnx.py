@@ -570,7 +570,7 @@ class Recorded:
             for op, name, ins, outs, attributes in g.nodes
         )  # fmt: skip
         external = sum(len(n) + len(f"{at.offset}{at.nbytes}") + 3 * len(s) + 58 for n, (_, s, at) in g.external.items())
-        inline = sum(len(n) + 10 + 4 * len(v) for n, (_, _, v) in g.inline.items())
+        inline = sum(len(n) + 10 + len(v) * (4 if d == "F32" else 1) for n, (d, _, v) in g.inline.items())
         values = sum(len(v["name"]) + 12 + 5 * len(v["shape"]) for v in self.about["inputs"] + self.about["outputs"])
         return nodes + external + inline + values
 
