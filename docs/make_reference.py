@@ -27,6 +27,7 @@ PUBLIC = {
     "rwkv_edge.evaluate": ["evaluate", "last_words", "documents", "Evaluation", "Score", "WordScore", "Estimate"],
     "rwkv_edge.bench": ["bench", "Bench", "Speed"],
     "rwkv_edge.inspection": ["inspect", "Inspection", "TensorRow"],
+    "rwkv_edge.forecast": ["Forecast"],
 }
 GIVEN = ("Model", "Generation")  # by a function: how they are made is no part of the API
 TYPES = {  # names that signatures use

@@ -165,22 +165,36 @@ _OVERRIDE = (
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @quant_options(None)
+@click.option("--fits", metavar="SIZE", help="Say what runs in this much memory, such as 4GB or 512MiB; exit 3 if nothing.")
 @click.option("--tensors", is_flag=True, help="List every tensor; otherwise layers are summed up.")
 @json_option
-def inspect(path: Path, quant: str | None, block: int | None, overrides: tuple[str, ...], tensors: bool, as_json: bool) -> None:
-    """Tell what a checkpoint or a bundle holds, and what each tensor would become.
+def inspect(
+    path: Path,
+    quant: str | None,
+    block: int | None,
+    overrides: tuple[str, ...],
+    fits: str | None,
+    tensors: bool,
+    as_json: bool,
+) -> None:
+    """Tell what a checkpoint or a bundle holds, would become, and takes.
 
     \b
     rwkv-edge inspect model.pth
     rwkv-edge inspect model.pth --quant int4 --block 128 --override head.weight=8
+    rwkv-edge inspect model.pth --fits 4GB
     """
+    from .forecast import parse_size
     from .inspection import inspect as look
 
-    found = look(path, quant=quant, block=block, overrides=overrides)
+    memory = None if fits is None else parse_size(fits)
+    found = look(path, quant=quant, block=block, overrides=overrides, memory=memory)
     if as_json:
         print_json(found)
-        return
-    print_inspection(path, found, tensors)
+    else:
+        print_inspection(path, found, tensors)
+    if memory is not None and not any(f.fits for f in found.forecasts):
+        sys.exit(3)
 
 
 @cli.command()

@@ -28,8 +28,8 @@ from .qtensor import Plan, QTensor, Recipe
 from .quantize import plan as make_plan
 from .quantize import rtn
 from .runtime import State
-from .spec import Shape, Spec
-from .tokenizer import WORLD, WORLD_SIZE, World, open_tokenizer
+from .spec import Shape
+from .tokenizer import World, open_tokenizer, tokenizer_beside
 
 Progress = Callable[[int, int], None]
 WEIGHTS = "weights.bin"
@@ -186,7 +186,7 @@ def export(
             (folder / names[role]).write_bytes(graph.data)
         if tokenizer_file:
             (folder / tokenizer_about["file"]).write_bytes(tokenizer_file.read_bytes())
-        layouts = {WEIGHTS: layout} | ({TABLES: _tables(spec, plan)} if spec.tables else {})
+        layouts = {WEIGHTS: layout} | ({TABLES: onnx.Layout.of_tables(spec, plan)} if spec.tables else {})
         with contextlib.ExitStack() as stack:
             files = [(stack.enter_context(open(folder / file, "wb")), layout) for file, layout in layouts.items()]
             model_id = _write_tensors(source, plan, files, progress)
@@ -242,24 +242,12 @@ def _bits_per_weight(source: Checkpoint, plan: Plan) -> float:
     return 8 * nbytes / source.spec.n_parameters
 
 
-def _tokenizer_beside(checkpoint: Path) -> Path:
-    """Where a checkpoint's tokenizer is, if it has one: beside a file, or in a folder, there a World vocabulary too."""
-    if not checkpoint.is_dir():
-        return checkpoint.with_name("tokenizer.json")
-    files = [checkpoint / "tokenizer.json", *sorted(checkpoint.glob("rwkv_vocab*.txt")), checkpoint / "vocab.txt"]
-    # other models' vocab.txt has no ids
-    found = (f for f in files if f.is_file() and (f.name != "vocab.txt" or f.read_bytes().startswith(b"1 ")))
-    return next(found, files[0])
-
-
 def _tokenizer(source: Checkpoint, given: str | Path | None) -> tuple[Path | None, dict[str, Any]]:
-    file = Path(given) if given else _tokenizer_beside(source.path)
-    if given and not file.is_file():
-        raise InputError(f"the tokenizer {file} does not exist")
+    file = Path(given) if given else tokenizer_beside(source.path, source.spec.n_vocab)
+    if file is None:
+        return None, {}
     if not file.is_file():
-        if source.spec.n_vocab != WORLD_SIZE:
-            return None, {}
-        file = WORLD
+        raise InputError(f"the tokenizer {file} does not exist")
     tokenizer = open_tokenizer(file)
     # a table padded to a multiple of 128 or so is common, less than that is another model's
     if not tokenizer.n_vocab <= source.spec.n_vocab < tokenizer.n_vocab + 1024:
@@ -295,15 +283,6 @@ class _Hashing:
 
     def tell(self) -> int:
         return self._f.tell()
-
-
-def _tables(spec: Spec, plan: Plan) -> onnx.Layout:
-    """Where the tables lie in their file, one after the other."""
-    layout = onnx.Layout(spec, plan)
-    for name in spec.tables:
-        for what in ("data", "scales") if plan[name].block else ("data",):
-            layout.place([(name, what)])
-    return layout
 
 
 def _write_tensors(

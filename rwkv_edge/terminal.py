@@ -79,10 +79,38 @@ def print_inspection(path: object, found: Any, tensors: bool) -> None:
     sizes = "  ".join(f"{name} {value:,}" for name, value in spec.items() if name != "version")
     click.echo(f"{found.n_parameters:,} parameters  {sizes}")
     click.echo(f"state {size(found.state_bytes)}\n")
+    _print_forecasts(found)
     rows = found.rows if tensors else found.grouped
     cells = [(r.name, str(r.n), "x".join(map(str, r.shape)), r.recipe, size(r.nbytes)) for r in rows]
     table(("tensor", "n", "shape", found.column, "size"), cells)
     click.echo(f"\n{size(found.nbytes)} of weights, {8 * found.nbytes / found.n_parameters:.2f} bits each")
+
+
+def _print_forecasts(found: Any) -> None:
+    """What each recipe takes, and how the speeds were come by."""
+    asked = found.forecasts[0].fits is not None
+    threads = list(found.bandwidth)
+    head = ["recipe", "bundle", "bits", "memory", "anon", "read", *(f"tok/s on {n}" for n in threads), *["fits"] * asked]
+    rows = [
+        (
+            f.recipe,
+            size(f.nbytes),
+            f"{f.bits_per_weight:.2f}",
+            size(f.peak_bytes),
+            size(f.anonymous_bytes),
+            size(f.read_bytes),
+            *(f"{float(f'{f.tok_s[n]:.2g}'):g}" for n in threads),  # two digits are all it knows
+            *["yes" if f.fits else "no"] * asked,
+        )
+        for f in found.forecasts
+    ]
+    table(head, rows)
+    rates = ", ".join(f"{rate / 1e9:.1f} GB/s on {n}" for n, rate in found.bandwidth.items())
+    click.echo(
+        "\nA forecast. bundle: on disk. bits: per weight. memory: at most, reading a long prompt; anon: of it,\n"
+        "backed by no file. read: weights for one token, as onnxruntime holds them. tok/s: to decode on so\n"
+        f"many threads here, where numpy just read memory at {rates}.\n"
+    )
 
 
 def print_report(report: Any) -> None:

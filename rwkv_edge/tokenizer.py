@@ -200,6 +200,17 @@ class WorldStream:
 Tokenizer = Json | World
 
 
+def tokenizer_beside(checkpoint: Path, n_vocab: int) -> Path | None:
+    """Find a checkpoint's tokenizer: beside a file, or in a folder, there a World vocabulary too; then World by size."""
+    if checkpoint.is_dir():
+        files = [checkpoint / "tokenizer.json", *sorted(checkpoint.glob("rwkv_vocab*.txt")), checkpoint / "vocab.txt"]
+    else:
+        files = [checkpoint.with_name("tokenizer.json")]
+    # other models' vocab.txt has no ids
+    found = (f for f in files if f.is_file() and (f.name != "vocab.txt" or f.read_bytes().startswith(b"1 ")))
+    return next(found, WORLD if n_vocab == WORLD_SIZE else None)
+
+
 def open_tokenizer(path: Path) -> Tokenizer:
     """Open a tokenizer.json, or a World vocabulary (.txt).
 

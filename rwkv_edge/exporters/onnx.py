@@ -49,6 +49,15 @@ class Layout:
         self.places: dict[Part, Place] = {}
         self.end = 0
 
+    @classmethod
+    def of_tables(cls, spec: Spec, plan: Plan) -> "Layout":
+        """The tables lie in a file of their own, one after the other."""
+        layout = cls(spec, plan)
+        for name in spec.tables:
+            for what in ("data", "scales") if plan[name].block else ("data",):
+                layout.place([(name, what)])
+        return layout
+
     def place(self, parts: Sequence[Part]) -> Place:
         """Give the place of these parts, side by side; decide it if it is the first time."""
         sizes = [self._nbytes(part) for part in parts]
@@ -543,18 +552,39 @@ class Graph:
     about: Mapping[str, Any]
 
 
-def trace(spec: Spec, plan: Plan, layout: Layout, *, wkv: str, exact: bool, weights_file: str) -> Graph:
-    """Record one step of a model as an ONNX graph over `weights_file`, whose layout is filled in.
+@dataclass(frozen=True)
+class Recorded:
+    """A step's operations, and what a manifest says of the graph that they make."""
 
-    The same spec and plan give the same bytes, in any process.
+    g: _Recording
+    about: dict[str, Any]
+    names: Mapping[str, str]  # of the outputs, by what they are called inside
 
-    Raises  ExportError if the onnx package is missing.
+    @property
+    def nbytes(self) -> int:
+        """About the bytes of the graph's file: within 1 %."""
+        g, domain = self.g, "com.microsoft"
+        nodes = sum(
+            sum(len(s) + 2 for s in (op, name, *ins, *outs)) + 3 + sum(map(_attribute, attributes.items()))
+            + (op in _CONTRIB) * (len(domain) + 2)
+            for op, name, ins, outs, attributes in g.nodes
+        )  # fmt: skip
+        external = sum(len(n) + len(f"{at.offset}{at.nbytes}") + 3 * len(s) + 58 for n, (_, s, at) in g.external.items())
+        inline = sum(len(n) + 10 + len(v) * (4 if d == "F32" else 1) for n, (d, _, v) in g.inline.items())
+        values = sum(len(v["name"]) + 12 + 5 * len(v["shape"]) for v in self.about["inputs"] + self.about["outputs"])
+        return nodes + external + inline + values
+
+
+def _attribute(item: tuple[str, Any]) -> int:
+    name, value = item
+    return len(name) + 8 + (len(value) if isinstance(value, (str, list, tuple)) else 2)
+
+
+def record(spec: Spec, plan: Plan, layout: Layout, *, wkv: str, exact: bool) -> Recorded:
+    """Run one step of a model and write down its operations; the layout of the weights is filled in.
+
+    The same spec and plan give the same operations, in any process.
     """
-    try:
-        import onnx
-        from onnx import TensorProto, helper
-    except ImportError as e:
-        raise ExportError("exporting needs the onnx package: pip install 'rwkv-edge[export]'") from e
     f = Onnx(spec, layout, wkv, exact=exact)
     C, H, N = spec.n_embd, spec.n_head, spec.head_size
     W = {name: Parameter(name, w.shape, plan[name]) for name, w in spec.weights.items()}
@@ -566,9 +596,6 @@ def trace(spec: Spec, plan: Plan, layout: Layout, *, wkv: str, exact: bool, weig
 
     names = {logits.name: "logits"} | {new[name].name: f"state.{name}.out" for name in state_shapes}
     assert len(names) == 1 + len(new), "an output is used twice"
-
-    def rename(values: list[str]) -> list[str]:
-        return [names.get(v, v) for v in values]
 
     T: str | int = 1 if f.max_tokens == 1 else "T"
     layout_of_wkv = "key,value" if f.wkv_form == "linear_attention" else "value,key"
@@ -583,6 +610,37 @@ def trace(spec: Spec, plan: Plan, layout: Layout, *, wkv: str, exact: bool, weig
     inputs += [about(f"state.{n}", "float32", s) for n, s in state_shapes.items()]
     outputs = [about("logits", "float32", ["P", spec.n_vocab])]
     outputs += [about(f"state.{n}.out", "float32", s) for n, s in state_shapes.items()]
+    quantized = any(r.block for r in plan.values())
+    said = {
+        "target": "onnx",
+        "profile": "cpu",
+        "wkv": wkv,
+        "T": f.max_tokens,
+        "arithmetic": "int8 activations" if quantized and not exact else "exact",
+        "inputs": inputs,
+        "outputs": outputs,
+        "needs": {"onnxruntime": MIN_ONNXRUNTIME},
+    }
+    return Recorded(f.g, said, names)
+
+
+def trace(spec: Spec, plan: Plan, layout: Layout, *, wkv: str, exact: bool, weights_file: str) -> Graph:
+    """Record one step of a model as an ONNX graph over `weights_file`, whose layout is filled in.
+
+    The same spec and plan give the same bytes, in any process.
+
+    Raises  ExportError if the onnx package is missing.
+    """
+    try:
+        import onnx
+        from onnx import TensorProto, helper
+    except ImportError as e:
+        raise ExportError("exporting needs the onnx package: pip install 'rwkv-edge[export]'") from e
+    recorded = record(spec, plan, layout, wkv=wkv, exact=exact)
+    g, about = recorded.g, recorded.about
+
+    def rename(values: list[str]) -> list[str]:
+        return [recorded.names.get(v, v) for v in values]
 
     types = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
     dtypes = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorProto.UINT8, "I64": TensorProto.INT64}
@@ -595,30 +653,17 @@ def trace(spec: Spec, plan: Plan, layout: Layout, *, wkv: str, exact: bool, weig
             helper.make_node(
                 op, rename(ins), rename(outs), name=name, domain="com.microsoft" if op in _CONTRIB else "", **attributes
             )
-            for op, name, ins, outs, attributes in f.g.nodes
+            for op, name, ins, outs, attributes in g.nodes
         ],
         "rwkv_step",
-        [info(v) for v in inputs],
-        [info(v) for v in outputs],
-        [helper.make_tensor(n, dtypes[d], s, vals) for n, (d, s, vals) in f.g.inline.items()]
-        + [_external(onnx, n, dtypes[d], s, at, weights_file) for n, (d, s, at) in f.g.external.items()],
+        [info(v) for v in about["inputs"]],
+        [info(v) for v in about["outputs"]],
+        [helper.make_tensor(n, dtypes[d], s, vals) for n, (d, s, vals) in g.inline.items()]
+        + [_external(onnx, n, dtypes[d], s, at, weights_file) for n, (d, s, at) in g.external.items()],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="rwkv-edge")
-    quantized = any(r.block for r in plan.values())
-    return Graph(
-        model.SerializeToString(deterministic=True),
-        {
-            "target": "onnx",
-            "profile": "cpu",
-            "wkv": wkv,
-            "T": f.max_tokens,
-            "arithmetic": "int8 activations" if quantized and not exact else "exact",
-            "inputs": inputs,
-            "outputs": outputs,
-            "needs": {"onnxruntime": MIN_ONNXRUNTIME},
-        },
-    )
+    return Graph(model.SerializeToString(deterministic=True), about)
 
 
 def _external(onnx: Any, name: str, dtype: int, shape: Shape, place: Place, file: str) -> "onnx.TensorProto":
