@@ -640,7 +640,9 @@ def _beside(checkpoint: Path, suffix: str | None) -> Path:
     from .checkpoints import open_checkpoint
 
     quantized = open_checkpoint(checkpoint).quantized  # what is no checkpoint may have no name either
-    return checkpoint.with_name(checkpoint.stem + (suffix or ("" if quantized else "-int4")))
+    checkpoint = checkpoint.resolve() if checkpoint.is_dir() else checkpoint
+    name = checkpoint.name if checkpoint.is_dir() else checkpoint.stem  # a folder's name may have points: RWKV7-0.1B
+    return checkpoint.with_name(name + (suffix or ("" if quantized else "-int4")))
 
 
 def _open(bundle: Path, threads: int | None) -> tuple[Any, float]:

@@ -156,8 +156,8 @@ def export(
                the merged model is another model, with a model_id of its own
     initial_state  a state-tuned file, `blocks.0.att.time_state` and so on: every text begins from it
     wkv        "attention" (onnxruntime's operator, the fastest), "plain" (plain operations), "step" (one token a call)
-    tokenizer  a tokenizer.json, or a World vocabulary (.txt); without it, the tokenizer.json beside the checkpoint; without
-               that, the World vocabulary for a model of its size, or else none
+    tokenizer  a tokenizer.json, or a World vocabulary (.txt); without it, the tokenizer.json beside the checkpoint, or what
+               a Hugging Face folder has; without that, the World vocabulary for a model of its size, or else none
     template   how the model was taught to chat: "rwkv" (User: and Assistant:), or "none"; without it, rwkv with World
     progress   called with weights done and weights in all
 
@@ -242,8 +242,18 @@ def _bits_per_weight(source: Checkpoint, plan: Plan) -> float:
     return 8 * nbytes / source.spec.n_parameters
 
 
+def _tokenizer_beside(checkpoint: Path) -> Path:
+    """Where a checkpoint's tokenizer is, if it has one: beside a file, or in a folder, there a World vocabulary too."""
+    if not checkpoint.is_dir():
+        return checkpoint.with_name("tokenizer.json")
+    files = [checkpoint / "tokenizer.json", *sorted(checkpoint.glob("rwkv_vocab*.txt")), checkpoint / "vocab.txt"]
+    # other models' vocab.txt has no ids
+    found = (f for f in files if f.is_file() and (f.name != "vocab.txt" or f.read_bytes().startswith(b"1 ")))
+    return next(found, files[0])
+
+
 def _tokenizer(source: Checkpoint, given: str | Path | None) -> tuple[Path | None, dict[str, Any]]:
-    file = Path(given) if given else source.path.with_name("tokenizer.json")
+    file = Path(given) if given else _tokenizer_beside(source.path)
     if given and not file.is_file():
         raise InputError(f"the tokenizer {file} does not exist")
     if not file.is_file():

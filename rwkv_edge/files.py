@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +37,52 @@ def utf8(data: bytes, name: object) -> str:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How a type that is not in DTYPES lies in a file: so many weights of a row in so many bytes, and what reads them.
+
+    unpack  (rows, bytes) uint8 -> (rows, weights) float32
+    """
+
+    n_weights: int
+    nbytes: int
+    unpack: Callable[[npt.NDArray[np.uint8]], Array]
+
+
+@dataclass(frozen=True)
 class Record:
-    """One array in row order at a place in a file."""
+    """One array in row order at a place in a file.
+
+    dtype    one of DTYPES, or with `packing` what its maker calls it
+    factor   what every number is multiplied by when read: a power of two
+    """
 
     path: Path
     offset: int
     dtype: str
     shape: Shape
+    packing: Packing | None = None
+    factor: float = 1.0
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        n = math.prod(self.shape)
+        return n // self.packing.n_weights * self.packing.nbytes if self.packing else n * DTYPES[self.dtype].itemsize
+
+    def part(self, i: int) -> "Record":
+        """One of the arrays that are stacked along the first axis."""
+        return replace(self, offset=self.offset + i * (self.nbytes // self.shape[0]), shape=self.shape[1:])
 
     def rows(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Read some rows, holding nothing else; bfloat16 becomes float32.
+        """Read some rows, holding nothing else; bfloat16 and what is packed become float32.
 
         Raises  CheckpointError if the file ends before them or cannot be read.
         """
-        dtype, n_row = DTYPES[self.dtype], math.prod(self.shape[1:])
-        out: npt.NDArray[Any] = np.empty((stop - start, *self.shape[1:]), dtype)
+        n_bytes = self.nbytes // self.shape[0]
+        data = np.empty((stop - start) * n_bytes, np.uint8)
         try:
             with open(self.path, "rb", buffering=0) as f:
-                f.seek(self.offset + start * n_row * dtype.itemsize)
-                view, done = out.reshape(-1).view(np.uint8).data, 0
+                f.seek(self.offset + start * n_bytes)
+                view, done = data.data, 0
                 while done < len(view):  # one read gives at most 2 GiB
                     n = f.readinto(view[done:])
                     if not n:
@@ -67,9 +90,15 @@ class Record:
                     done += n
         except OSError as e:
             raise CheckpointError(f"cannot read {self.path}: {e.strerror}") from e
+        out: npt.NDArray[Any]
+        if self.packing:
+            out = self.packing.unpack(data.reshape(-1, self.shape[-1] // self.packing.n_weights * self.packing.nbytes))
+        else:
+            out = data.view(DTYPES[self.dtype])
         if self.dtype == "BF16":
-            return (out.astype(np.uint32) << 16).view(np.float32)
-        return out
+            out = (out.astype(np.uint32) << 16).view(np.float32)
+        out = out.reshape(stop - start, *self.shape[1:])
+        return out if self.factor == 1 else out.astype(np.float32) * np.float32(self.factor)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Small checkpoints of every version and shape, the same in every process and numpy, and torch's zip files without torch."""
 
 import io
+import json
 import math
+import re
 import struct
 import zipfile
 import zlib
@@ -193,17 +195,16 @@ def write_zip(path, pickled, records):
             z.writestr(f"archive/data/{key}", data)
 
 
-def write_pth(path: Path, w: Mapping[str, np.ndarray], dtype: str = "bf16") -> Path:
-    """A torch zip file."""
+def write_pth(path: Path, w: Mapping[str, np.ndarray], dtype: str = "bf16", inside=lambda weights: weights) -> Path:
+    """A torch zip file; `inside` puts the opcodes of the dictionary of weights into others."""
     entries = b"".join(_text(name) + tensor_pickle(str(i), x.shape, dtype) for i, (name, x) in enumerate(w.items()))
-    write_zip(path, b"\x80\x02}(" + entries + b"u.", {str(i): raw(x, dtype) for i, x in enumerate(w.values())})
+    content = inside(b"}(" + entries + b"u")
+    write_zip(path, b"\x80\x02" + content + b".", {str(i): raw(x, dtype) for i, x in enumerate(w.values())})
     return path
 
 
 def write_safetensors(path: Path, w: Mapping[str, np.ndarray], dtype: str = "BF16") -> Path:
     """A safetensors file, bfloat16 included."""
-    import json
-
     kind = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}[dtype]
     header, body = {}, io.BytesIO()
     for name, x in w.items():
@@ -212,4 +213,172 @@ def write_safetensors(path: Path, w: Mapping[str, np.ndarray], dtype: str = "BF1
         header[name] = {"dtype": dtype, "shape": list(x.shape), "data_offsets": [start, body.tell()]}
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + body.getvalue())
+    return path
+
+
+# --- the same weights as others store them ---
+
+
+def _renamed(w, *table):
+    def name(n):
+        for pattern, replacement in table:
+            n = re.sub(pattern, replacement, n)
+        return n
+
+    return {name(n): x for n, x in w.items()}
+
+
+def web_rwkv(w):
+    """As web-rwkv's convert_safetensors.py does, before it rounds to float16."""
+    turned = r"\.(time_maa_w[12]|time_decay_w[12]|[wavg][12])$"
+    w = {n: np.ascontiguousarray(np.swapaxes(x, -1, -2)) if re.search(turned, n) else x for n, x in w.items()}
+    return _renamed(w, ("time_faaaa", "time_first"), ("time_maa", "time_mix"))
+
+
+def transformers(w):
+    """As transformers' RwkvForCausalLM has them, and the remote code for 5 and 6."""
+    return _renamed(
+        w,
+        (r"^emb\.", "embeddings."),
+        (r"\.ln0\.", ".pre_ln."),
+        (r"\.att\.", ".attention."),
+        (r"\.ffn\.", ".feed_forward."),
+        (r"time_mix_k$", "time_mix_key"),
+        (r"time_mix_v$", "time_mix_value"),
+        (r"time_mix_r$", "time_mix_receptance"),
+        (r"time_mix_g$", "time_mix_gate"),
+        (r"^(?!head\.)", "rwkv."),
+    )
+
+
+def native(w):
+    """As transformers' own Rwkv7ForCausalLM has them."""
+    return _renamed(w, (r"^(?!head\.)", "rwkv7."))
+
+
+def fla(w, fused=False):
+    """As flash-linear-attention's RWKV7ForCausalLM has them; with fused, as its first versions had the lerps."""
+    out = {}
+    for n, x in w.items():
+        if n.startswith("blocks.0.att.v") and n[-1] in "012":
+            continue
+        if x.shape[:2] == (1, 1) and ".att.x_" not in n:
+            x = x.reshape(-1)
+        out[n] = np.ascontiguousarray(x.T) if re.search(r"att\.[wavg][12]$", n) else x
+    if fused:
+        for prefix in [n.removesuffix("x_r") for n in out if n.endswith(".att.x_r")]:
+            out[prefix + "x_x"] = np.stack([out.pop(prefix + f"x_{c}").reshape(-1) for c in "rwkvag"])
+    return _renamed(
+        out,
+        (r"^emb\.", "model.embeddings."),
+        (r"^ln_out\.", "model.norm."),
+        (r"^head\.", "lm_head."),
+        (r"^blocks\.", "model.layers."),
+        (r"\.ln0\.", ".pre_norm."),
+        (r"\.ln1\.", ".attn_norm."),
+        (r"\.ln2\.", ".ffn_norm."),
+        (r"\.att\.ln_x\.", ".attn.g_norm."),
+        (r"\.att\.receptance", ".attn.r_proj"),
+        (r"\.att\.key", ".attn.k_proj"),
+        (r"\.att\.value", ".attn.v_proj"),
+        (r"\.att\.output", ".attn.o_proj"),
+        (r"\.att\.", ".attn."),
+        (r"\.([wavg])1$", r".\1_lora.lora.0.weight"),
+        (r"\.([wavg])2$", r".\1_lora.lora.2.weight"),
+        (r"\.([wav])0$", r".\1_lora.lora.2.bias"),
+    )
+
+
+def write_folder(folder: Path, w, dtype="bf16", n_shards=1, kind="safetensors", config=None) -> Path:
+    """A Hugging Face folder, sharded or not."""
+    folder.mkdir(exist_ok=True)
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    names, places = list(w), {}
+    for i in range(n_shards):
+        file = f"{stem}.{kind}" if n_shards == 1 else f"{stem}-{i + 1:05}-of-{n_shards:05}.{kind}"
+        held = {n: w[n] for n in names[i::n_shards]}
+        if kind == "safetensors":
+            write_safetensors(folder / file, held, {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[dtype])
+        else:
+            write_pth(folder / file, held, dtype)
+        places |= dict.fromkeys(held, file)
+    if n_shards > 1:
+        index = {"metadata": {"total_size": 1}, "weight_map": places}
+        (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config or {"model_type": "rwkv"}))
+    return folder
+
+
+def llama_cpp(w, version, rescale_every=2):
+    """Names and arrays as llama.cpp's converter makes them, and what it says about them."""
+    head_size = next(x.shape[1] for n, x in w.items() if n.endswith((".r_k", ".time_faaaa")))
+    about = {"general.architecture": f"rwkv{version}", f"rwkv{version}.wkv.head_size": head_size}
+    out, fused = {}, {"6": ("time_maa_", "wkvrg"), "7": ("x_", "rwkvag")}[version]
+    if version == "6":
+        about["rwkv6.rescale_every_n_layers"] = rescale_every
+    for n, x in w.items():
+        if re.search(r"\.(time_maa_w[12]|time_decay_w[12]|[wavg][12])$", n):
+            x = np.swapaxes(x, -1, -2)
+        elif n.endswith("r_k") or x.shape[:2] == (1, 1):
+            x = x.reshape(-1)
+        elif version == "6" and n.endswith(("att.output.weight", "ffn.value.weight")):
+            x = x / np.float32(2 ** (int(n.split(".")[1]) // rescale_every))
+        out[n] = np.ascontiguousarray(x)
+    for prefix in [n.removesuffix("ln_x.bias") for n in w if n.endswith(".ln_x.bias")]:
+        lerps = [out.pop(prefix + fused[0] + c) for c in fused[1]]
+        out[f"{prefix}lerp_fused"] = np.stack(lerps)[:, None, None]
+        if version == "7" and ".0." in prefix:
+            out |= {f"{prefix}v{i}": out[f"{prefix}a{i}"] for i in "012"}
+    named = _renamed(
+        out,
+        (r"^emb\.", "token_embd."),
+        (r"^head\.", "output."),
+        (r"^ln_out\.", "output_norm."),
+        (r"^blocks\.0\.ln0\.", "token_embd_norm."),
+        (r"^blocks\.", "blk."),
+        (r"\.ln1\.", ".attn_norm."),
+        (r"\.ln2\.", ".attn_norm_2."),
+        (r"\.att\.ln_x\.", ".time_mix_ln."),
+        (r"\.ffn\.(x|time_maa)_", ".channel_mix_lerp_"),
+        (r"\.ffn\.", ".channel_mix_"),
+        (r"\.att\.time_maa_x", ".att.lerp_x"),
+        (r"\.att\.(time_maa_|time_)?", ".time_mix_"),
+        (r"faaaa$", "first"),
+        (r"(?<!\.weight)(?<!\.bias)$", ".weight"),
+    )
+    return named, about
+
+
+GGUF_PLAIN = {"fp32": 0, "fp16": 1, "bf16": 30}
+
+
+def gguf_value(v):
+    if isinstance(v, str):
+        return struct.pack("<IQ", 8, len(v.encode())) + v.encode()
+    if isinstance(v, list):
+        return struct.pack("<IIQ", 9, 8, len(v)) + b"".join(struct.pack("<Q", len(x)) + x for x in v)
+    return struct.pack("<If", 6, v) if isinstance(v, float) else struct.pack("<II", 4, v)
+
+
+def gguf_entry(key, value):
+    return struct.pack("<Q", len(key)) + key.encode() + value
+
+
+def gguf_tensor(name, shape, kind, offset):
+    dims = struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape[::-1])
+    return struct.pack("<Q", len(name.encode())) + name.encode() + dims + struct.pack("<IQ", kind, offset)
+
+
+def write_gguf(path: Path, tensors, about, dtype="fp32", packed=None) -> Path:
+    """A GGUF file: matrices in dtype, the rest in float32; packed is name -> (type, bytes) for what is quantized."""
+    body, infos = io.BytesIO(), []
+    for name, x in tensors.items():
+        kind, data = (packed or {}).get(name) or ((GGUF_PLAIN[dtype], raw(x, dtype)) if x.ndim == 2 else (0, raw(x, "fp32")))
+        body.write(bytes(-body.tell() % 32))
+        infos.append(gguf_tensor(name, x.shape, kind, body.tell()))
+        body.write(data)
+    about = about | {"tokenizer.ggml.tokens": [b"<s>", b"\xff"], "rwkv.eps": 1e-5}
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(about))
+    head += b"".join(gguf_entry(k, gguf_value(v)) for k, v in about.items()) + b"".join(infos)
+    path.write_bytes(head + bytes(-len(head) % 32) + body.getvalue())
     return path

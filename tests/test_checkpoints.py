@@ -125,14 +125,15 @@ def test_a_damaged_quantized_checkpoint_is_found(tmp_path):
 
 
 def test_files_that_are_not_there_or_not_checkpoints(tmp_path):
+    known = "model.safetensors, pytorch_model.bin, *.pth, *.pt, *.st, *.safetensors, *.gguf"
     os.mkfifo(tmp_path / "fifo")
     assert refused(tmp_path / "fifo") == f"{tmp_path / 'fifo'} is no regular file"
     assert refused(tmp_path / "none.pth") == f"{tmp_path / 'none.pth'} does not exist"
-    assert refused(tmp_path) == f"{tmp_path} is a folder: give the checkpoint file in it"
+    assert refused(tmp_path) == f"{tmp_path} is a folder without a checkpoint ({known}): give the checkpoint"
     contents = {
         "": "is neither a torch checkpoint (.pth) nor safetensors",
         "hello": "is neither a torch checkpoint (.pth) nor safetensors",
-        "GGUF....": "is a GGUF file: give the .pth or .safetensors that it was made from",
+        "GGUF....": "is damaged or cut short",
     }
     for text, message in contents.items():
         (tmp_path / "f").write_text(text)

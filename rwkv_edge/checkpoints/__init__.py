@@ -16,6 +16,9 @@ from ..errors import CheckpointError
 from ..files import Normed, Product, Record, Stored
 from ..models import detect
 from ..spec import Shape, Spec
+from .gguf import read_gguf
+from .hf import WEIGHTS, find_weights, is_tied, join
+from .names import official, outputs_first
 from .pth import read_pth
 from .safetensors import read_safetensors
 
@@ -47,58 +50,83 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint: a torch zip `.pth`, or `.safetensors`. Reads no weights.
+    """Open what people download, by what is in it and never by its name. Reads no weights.
+
+    path  a torch zip `.pth`, `.safetensors`, web-rwkv's `.st`, `.gguf` of RWKV-6 and 7, or a Hugging Face folder
 
     Raises  CheckpointError if the file is missing, damaged, not RWKV, or of a version that is not supported.
     """
     path = Path(path)
-    if (path / "manifest.json").exists():
-        raise CheckpointError(f"{path} is a bundle: give the checkpoint that it was made from")
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: give the checkpoint file in it")
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no regular file")
     try:
-        with open(path, "rb") as f:
-            magic = f.read(9)
+        if (path / "manifest.json").exists():
+            raise CheckpointError(f"{path} is a bundle: give the checkpoint that it was made from")
+        if path.is_dir():
+            return _open_folder(path)
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist")
+        records, metadata = _read(path)
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
+    if QUANTIZED in metadata:
+        return _quantized(path, records, metadata[QUANTIZED])
+    return _canonical(path, records)
+
+
+def _read(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
+    """Find every tensor of one file, and its metadata."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no regular file")
+    with open(path, "rb") as f:
+        magic = f.read(9)
     if magic[:2] == b"PK":
-        return _canonical(path, read_pth(path))
+        return read_pth(path), {}
     if magic[8:9] == b"{":
-        records, metadata = read_safetensors(path)
-        if QUANTIZED in metadata:
-            return _quantized(path, records, metadata[QUANTIZED])
-        return _canonical(path, records)
+        return read_safetensors(path)
+    if magic[:4] == b"GGUF":
+        return read_gguf(path), {}
     if magic[:1] == b"\x80":
         raise CheckpointError(f"{path} is a legacy torch file (before 1.6): load and save it once with torch.save")
-    if magic[:4] == b"GGUF":
-        raise CheckpointError(f"{path} is a GGUF file: give the .pth or .safetensors that it was made from")
-    raise CheckpointError(f"{path} is neither a torch checkpoint (.pth) nor safetensors")
+    raise CheckpointError(f"{path} is neither a torch checkpoint (.pth) nor safetensors nor GGUF: give one of these")
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    """Open a Hugging Face folder, or the one checkpoint in a folder."""
+    files, places = find_weights(folder)
+    if not places and files[0].name not in WEIGHTS:
+        return open_checkpoint(files[0])
+    shards = [(file, *_read(file)) for file in files]
+    if not places and QUANTIZED in shards[0][2]:
+        return _quantized(files[0], shards[0][1], shards[0][2][QUANTIZED])
+    return _canonical(folder, join([(file, held) for file, held, _ in shards], places))
 
 
 def _canonical(path: Path, records: dict[str, Record]) -> Checkpoint:
-    """Bring official names and layouts to canonical ones: no axes of one, matrices as (outputs, inputs)."""
+    """Bring names and layouts to canonical ones: no axes of one, nothing stacked, matrices as (outputs, inputs)."""
     try:
+        records = official(records)
+        if path.is_dir() and "head.weight" not in records and "emb.weight" in records and is_tied(path):
+            records["head.weight"] = records["emb.weight"]
         model = detect(records)
-        tensors = canonical(model, records)
+        tensors = canonical(model, records, exchanged=outputs_first(records))
         spec: Spec = model.spec({name: t.shape for name, t in tensors.items()})
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
     return Checkpoint(path, spec, {name: tensors[name] for name in spec.weights})
 
 
-def canonical(model: ModuleType, records: Mapping[str, Record]) -> dict[str, Stored]:
-    """Give tensors by official names their canonical shapes, without those that no step reads."""
+def canonical(model: ModuleType, records: Mapping[str, Record], *, exchanged: bool = False) -> dict[str, Stored]:
+    """Give tensors by official names their canonical shapes, without those that no step reads.
+
+    exchanged  the time mix's low-rank factors are (outputs, inputs) in the file already
+    """
     tensors: dict[str, Stored] = {}
     for name, record in records.items():
         last = name.split(".")[-1]
         if name in model.UNUSED:
             continue
         for part, flat in _parts(name, record, model.STACKED.get(last, "")):
-            transposed = last in model.INPUTS_FIRST and len(flat.shape) == 2
+            inputs_first = last in model.INPUTS_FIRST and not (exchanged and ".att." in name)
+            transposed = inputs_first and len(flat.shape) == 2
             tensors[part] = Stored(part, flat.shape[::-1] if transposed else flat.shape, flat, transposed)
     for name in [n for n in tensors if n.endswith(".s_emb_x.weight")]:
         _add_embedding(tensors, name)
@@ -123,16 +151,12 @@ def _parts(name: str, record: Record, letters: str) -> list[tuple[str, Record]]:
     """A tensor without its outer axes of one; or the matrices that are stacked in it, `name.letter`."""
     shape = record.shape
     if letters and len(shape) == 3 and shape[0] == len(letters):
-        size = record.nbytes // len(letters)
-        return [
-            (f"{name}.{c}", Record(record.path, record.offset + i * size, record.dtype, shape[1:]))
-            for i, c in enumerate(letters)
-        ]
+        return [(f"{name}.{c}", record.part(i)) for i, c in enumerate(letters)]
     if len(shape) == 3 and shape[:2] == (1, 1):
         shape = shape[2:]
     elif len(shape) == 3 and shape[1:] == (1, 1):
         shape = shape[:1]
-    return [(name, Record(record.path, record.offset, record.dtype, shape))]
+    return [(name, replace(record, shape=shape))]
 
 
 def read_adapter(path: Path) -> dict[str, Record]:

@@ -1,11 +1,12 @@
 """torch's zip files, without torch: a directory of raw records and a small pickle that describes them.
 
-The pickle is not unpickled. Its opcodes are read by a machine that knows dictionaries, tuples, numbers, text and four names,
+The pickle is not unpickled. Its opcodes are read by a machine that knows dictionaries, tuples, numbers, text and a few names,
 so that a file can run no code, and cannot hang or fill the memory either.
 Source: pytorch, torch/serialization.py, and torch/_utils.py _rebuild_tensor_v2
 """
 
 import pickletools
+import re
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from ..spec import Shape
 
 _STORAGES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
 _MAX_PICKLE = 1 << 24  # a 14B checkpoint's pickle is 200 kB
+_WRAPPERS = ("state_dict", "module", "model")  # of Lightning, DeepSpeed, and many a training script
+_OPTIMIZER = re.compile("^optim|exp_avg|^lr_scheduler|^param_groups$")
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,7 @@ def read_pth(path: Path) -> dict[str, Record]:
                     raise CheckpointError(f"{name} has {entries[name].file_size} bytes or is compressed: no torch checkpoint")
             if root + "byteorder" in entries and z.read(root + "byteorder") != b"little":
                 raise CheckpointError("saved on a big-endian machine, which is not supported")
-            content = _read_pickle(z.read(pickles[0]))
-            if not isinstance(content, dict) or not any(isinstance(v, _View) for v in content.values()):
-                raise CheckpointError("it holds no tensors by name: it is not an RWKV checkpoint")
-            views = {str(name): v for name, v in content.items() if isinstance(v, _View)}
+            views = _weights(_read_pickle(z.read(pickles[0])))
             return {name: _locate(path, f, entries, f"{root}data/", name, view) for name, view in views.items()}
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
@@ -74,8 +74,34 @@ def read_pth(path: Path) -> dict[str, Record]:
         raise CheckpointError(f"{path} is damaged or cut short ({type(e).__name__}: {e}). Download it again") from e
 
 
+def _weights(content: Any) -> dict[str, _View]:
+    """Find the weights by name: at the top, or in the dictionary where a trainer puts them."""
+    for _ in range(4):  # wrapped twice is seen; a dictionary in itself has no end
+        if not isinstance(content, dict):
+            break
+        for key in ("_strategy", "_version"):
+            if key in content:
+                raise CheckpointError(f"this file was converted by ChatRWKV (it has {key!r}): use the original file")
+        views = {str(n): v for n, v in content.items() if isinstance(v, _View) and not _OPTIMIZER.search(str(n))}
+        unprintable = next((n for n in views if not n.isprintable()), None)
+        if unprintable is not None:
+            raise CheckpointError(f"a tensor's name is {unprintable!r}: the file is damaged. Download it again")
+        if views:
+            return views
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
+        states = next((n for n in content if _OPTIMIZER.search(str(n))), None)
+        if inner is None and states is not None:
+            raise CheckpointError(
+                f"it holds an optimizer's states (it has {states!r}), no weights: give the model's checkpoint"
+            )
+        content = inner
+    raise CheckpointError("it holds no tensors by name, so it is not an RWKV checkpoint: give the model's file")
+
+
 def _locate(path: Path, f: BinaryIO, entries: dict[str, zipfile.ZipInfo], folder: str, name: str, view: _View) -> Record:
     dtype, entry = view.storage.dtype, entries.get(folder + view.storage.key)
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{name} is stored as {dtype}: only float32, float16 and bfloat16 can be read")
     if entry is None:
         raise CheckpointError(f"{name} has no data in the file. Download it again")
     if entry.compress_type != zipfile.ZIP_STORED:
@@ -183,21 +209,21 @@ _NAMES = {
     ("collections", "OrderedDict"),
     ("torch._utils", "_rebuild_tensor_v2"),
     ("torch._utils", "_rebuild_parameter"),
-    *(("torch", storage) for storage in _STORAGES),
+    ("torch", "Size"),  # in DeepSpeed's param_shapes
+    ("builtins", "set"),  # in DeepSpeed's sparse_tensor_module_names
+    ("__builtin__", "set"),
 }
 
 
 def _name(module: str, name: str) -> _Name:
-    if (module, name) not in _NAMES:
-        if module == "torch" and str(name).endswith("Storage"):
-            raise CheckpointError(f"a tensor is stored as {name}: only float32, float16 and bfloat16 can be read")
+    if (module, name) not in _NAMES and not (module == "torch" and str(name).endswith("Storage")):
         raise CheckpointError(f"its pickle asks for {module}.{name}, which no weights need: it may be malicious")
     return _Name(module, name)
 
 
 def _storage(pid: Any) -> _Storage:
     _, kind, key, *_ = pid
-    return _Storage(_STORAGES[kind.name], str(key))
+    return _Storage(_STORAGES.get(kind.name, kind.name), str(key))
 
 
 def _call(name: Any, args: Any) -> Any:
@@ -206,6 +232,8 @@ def _call(name: Any, args: Any) -> Any:
             return dict(args[0]) if args else {}
         case _Name(name="_rebuild_parameter"):
             return args[0]
+        case _Name(name="Size" | "set"):
+            return tuple(args[0])
         case _Name(name="_rebuild_tensor_v2"):
             storage, offset, shape, stride, *_ = args
             if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in (offset, *shape, *stride)):

@@ -31,13 +31,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
             n = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
             if not 2 <= n <= min(_MAX_HEADER, size - 8):
                 raise CheckpointError(f"{path} has a header of {n} bytes in a file of {size}: it is damaged or cut short")
-            header = json.loads(f.read(n), object_pairs_hook=_unique)
+            header = json.loads(f.read(n), object_pairs_hook=unique)
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} has a damaged header: {e}") from e
+        raise CheckpointError(f"{path} has a damaged header: {e}. Download it again") from e
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a damaged header: a list of tensors by name is expected")
+    unprintable = next((name for name in header if not name.isprintable()), None)
+    if unprintable is not None:
+        raise CheckpointError(f"{path} has a damaged header: a name is {unprintable!r}. Download it again")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{path} has damaged metadata")
@@ -49,7 +52,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
     return records, metadata
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which no name stands twice."""
     if len(dict(pairs)) != len(pairs):
         raise ValueError("a name stands in it twice")
     return dict(pairs)
@@ -62,7 +66,9 @@ def _record(path: Path, base: int, size: int, name: str, entry: Any) -> Record:
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path}: the header's entry for {name} is damaged") from e
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name} is stored as {dtype}: only F32, F16, BF16 and our own U8 can be read")
+        raise CheckpointError(
+            f"{path}: {name} is stored as {dtype}: only F32, F16, BF16 and our own U8 can be read: save it as one of these"
+        )
     if not ok or stop - start != math.prod(shape) * DTYPES[dtype].itemsize or base + stop > size or stop == start:
         raise CheckpointError(f"{path}: {name} of shape {list(shape)} does not fit the file: it is damaged or cut short")
     return Record(path, base + start, dtype, shape)
