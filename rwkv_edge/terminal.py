@@ -169,10 +169,10 @@ def stats_line(model: Any, generation: Any, load_s: float | None = None) -> str:
     from .bench import memory
 
     s = generation.stats
-    parts = [f"read {_tokens(s.n_prompt)} at {s.n_prompt / s.prefill_s:.0f} tok/s"] if s.n_prompt else []
+    parts = [f"read {_tokens(s.n_prompt)} at {_tok_s(s.n_prompt / s.prefill_s)} tok/s"] if s.n_prompt else []
     if s.n_generated > 1:
         tok_s = s.n_generated / s.decode_s
-        parts.append(f"wrote {s.n_generated} at {tok_s:.0f} tok/s ({tok_s * model.bytes_per_token / 1e9:.1f} GB/s)")
+        parts.append(f"wrote {s.n_generated} at {_tok_s(tok_s)} tok/s ({tok_s * model.bytes_per_token / 1e9:.1f} GB/s)")
     if load_s is not None:
         parts.append(f"loaded in {load_s:.2f} s")
     peak, _ = memory()
@@ -247,7 +247,8 @@ def print_bench(found: Sequence[Any]) -> None:
 
 
 def _tok_s(x: float) -> str:
-    return f"{x:.1f}" if x < 100 else f"{x:.0f}"
+    """A speed in three digits or all that it has before the point: a large model writes less than a token a second."""
+    return f"{x:.{2 if x < 10 else 1 if x < 100 else 0}f}"
 
 
 def _mb(n: int | None) -> str:
