@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import factory
+import gguf
 import numpy as np
 import pytest
 from factory import _int, _text, gguf_entry, gguf_tensor, gguf_value
@@ -18,8 +19,6 @@ from hypothesis import strategies as st
 from rwkv_edge.checkpoints import open_checkpoint
 from rwkv_edge.convert import export, quantize
 from rwkv_edge.errors import CheckpointError, InputError, RwkvEdgeError
-
-gguf = pytest.importorskip("gguf")
 
 # one of every version, by its shape in factory.SHAPES
 SEVEN = ["odd", "plain", "one-head"]
