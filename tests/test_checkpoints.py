@@ -180,6 +180,32 @@ def test_a_malicious_pickle_runs_nothing(module, tmp_path):
     assert not marker.exists()
 
 
+NESTED = b"K\x01q\x00" + 60 * b"h\x00h\x00\x86q\x00"  # a pair of pairs of pairs: 2^60 numbers, if one looks at all
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+ORDERED = b"ccollections\nOrderedDict\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (NESTED + b"h\x00\x93", "asks for something that is no name"),
+        (NESTED + b")R", "its pickle calls a tuple"),
+        (STORAGE + b"h\x00tQ", "describes data that cannot be"),
+        (STORAGE + 17 * b"N" + b"tQ", "has a tuple as arguments"),
+        (ORDERED + b"}R", "has a dict as arguments"),
+        (
+            b"}q\x01(" + b"".join(factory._int(i) + b"N" for i in range(99)) + b"u" + 99 * (ORDERED + b"h\x01\x85R"),
+            "copies more than",
+        ),
+        (factory.tensor_pickle("0", 17 * (1,), "fp32"), "has a tuple as arguments"),
+    ],
+)
+def test_a_small_pickle_cannot_hang_or_fill_the_memory(content, message, tmp_path):
+    head = NESTED if content.startswith(STORAGE) else b""
+    factory.write_zip(tmp_path / "m.pth", b"\x80\x02" + head + content + b".", {"0": b"\0" * 4})
+    assert message in refused(tmp_path / "m.pth")
+
+
 def one_tensor(path, pickled, record=b"\0" * 64, **kwargs):
     factory.write_zip(path, b"\x80\x02}(" + factory._text("blocks.0.att.r_k") + pickled + b"u.", {"0": record})
     return path
