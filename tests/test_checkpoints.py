@@ -357,6 +357,7 @@ def header(entries, body=b"\0" * 64):
         (header(b"{" + b'"a":{' * 5000), "has a damaged header"),
         (header({"a": 3}), "the header's entry for a is damaged"),
         (header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}), "a of shape [4] does not fit the file"),
+        (header({"a": {"dtype": "F32", "shape": [10**18] * 10**5, "data_offsets": [0, 4]}}), "does not fit the file"),
         (header({"a": {"dtype": "F32", "shape": [-4, -1], "data_offsets": [0, 16]}}), "does not fit the file"),
         (header({"a": {"dtype": "F32", "shape": [40], "data_offsets": [0, 160]}}), "does not fit the file"),
         (header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}), "does not fit the file"),
