@@ -121,6 +121,14 @@ def test_a_damaged_quantized_checkpoint_is_found(tmp_path):
         quantize(tmp_path / "model.pth", tmp_path / "model.pth", force=True)
 
 
+def test_a_folder_s_own_shards_are_never_replaced(tmp_path):
+    folder = factory.write_folder(tmp_path / "hf", ODD, n_shards=2)
+    shard = min(folder.glob("*.safetensors"))
+    with pytest.raises(OutputError, match="is the checkpoint itself: choose another output"):
+        quantize(folder, shard, force=True)
+    assert open_checkpoint(folder).spec.version == "7"
+
+
 # --- what is refused ---
 
 
