@@ -118,7 +118,8 @@ def quantize(
         for name, w in source.spec.weights.items()
     }
     about = {"format": 1, "model_id": "0" * 64, "sha256": "0" * 64, "tensors": table}
-    if output.exists() and os.path.samefile(source.path, output):
+    read = {t.data.path for t in source.tensors.values()}  # of a folder, its shards
+    if output.exists() and any(os.path.samefile(file, output) for file in read):
         raise OutputError(f"{output} is the checkpoint itself: choose another output")
 
     def head() -> bytes:

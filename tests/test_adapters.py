@@ -151,6 +151,18 @@ def test_whole_low_rank_factors_and_tensors_that_no_step_reads(odd, tmp_path):
     np.testing.assert_array_equal(t.read(), lora["blocks.1.att.w1"].T)
 
 
+@pytest.mark.parametrize("name", ["emb", "blocks.1.ffn.s_emb", "emb.weight", "blocks.0.ln0.bias", "blocks.1.ffn.s_emb.weight"])
+def test_what_rwkv_7a_s_tables_are_made_of_is_not_merged(name, tmp_path):
+    w = factory.weights(**factory.SHAPES["v7a"])
+    model, lora = factory.write_pth(tmp_path / "m.pth", w), lora_of(w, modules=("att.key",))
+    assert with_lora(open_checkpoint(model), f"{factory.write_pth(tmp_path / 'good.pth', lora)}:4").notes
+    lora |= {name: w[name]} if name in w else lora_of(w, modules=(name,))
+    message = refused(model, f"{factory.write_pth(tmp_path / 'bad.pth', lora)}:4")
+    assert (
+        f": {name if name in w else f'{name}.weight'} makes RWKV-7a's tables, and no LoRA of it can be merged here" in message
+    )
+
+
 def peft(folder, lora, **settings):
     folder.mkdir(exist_ok=True)
     named = {f"base_model.model.{n}.weight" if ".lora_" in n else f"base_model.model.{n}": x for n, x in lora.items()}

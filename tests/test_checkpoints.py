@@ -121,6 +121,14 @@ def test_a_damaged_quantized_checkpoint_is_found(tmp_path):
         quantize(tmp_path / "model.pth", tmp_path / "model.pth", force=True)
 
 
+def test_a_folder_s_own_shards_are_never_replaced(tmp_path):
+    folder = factory.write_folder(tmp_path / "hf", ODD, n_shards=2)
+    shard = min(folder.glob("*.safetensors"))
+    with pytest.raises(OutputError, match="is the checkpoint itself: choose another output"):
+        quantize(folder, shard, force=True)
+    assert open_checkpoint(folder).spec.version == "7"
+
+
 # --- what is refused ---
 
 
@@ -178,6 +186,32 @@ def test_a_malicious_pickle_runs_nothing(module, tmp_path):
     factory.write_zip(tmp_path / "evil.pth", data, {})
     assert "which no weights need: it may be malicious" in refused(tmp_path / "evil.pth")
     assert not marker.exists()
+
+
+NESTED = b"K\x01q\x00" + 60 * b"h\x00h\x00\x86q\x00"  # a pair of pairs of pairs: 2^60 numbers, if one looks at all
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+ORDERED = b"ccollections\nOrderedDict\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (NESTED + b"h\x00\x93", "asks for something that is no name"),
+        (NESTED + b")R", "its pickle calls a tuple"),
+        (STORAGE + b"h\x00tQ", "describes data that cannot be"),
+        (STORAGE + 17 * b"N" + b"tQ", "has a tuple as arguments"),
+        (ORDERED + b"}R", "has a dict as arguments"),
+        (
+            b"}q\x01(" + b"".join(factory._int(i) + b"N" for i in range(99)) + b"u" + 99 * (ORDERED + b"h\x01\x85R"),
+            "copies more than",
+        ),
+        (factory.tensor_pickle("0", 17 * (1,), "fp32"), "has a tuple as arguments"),
+    ],
+)
+def test_a_small_pickle_cannot_hang_or_fill_the_memory(content, message, tmp_path):
+    head = NESTED if content.startswith(STORAGE) else b""
+    factory.write_zip(tmp_path / "m.pth", b"\x80\x02" + head + content + b".", {"0": b"\0" * 4})
+    assert message in refused(tmp_path / "m.pth")
 
 
 def one_tensor(path, pickled, record=b"\0" * 64, **kwargs):
@@ -331,6 +365,7 @@ def header(entries, body=b"\0" * 64):
         (header(b"{" + b'"a":{' * 5000), "has a damaged header"),
         (header({"a": 3}), "the header's entry for a is damaged"),
         (header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}), "a of shape [4] does not fit the file"),
+        (header({"a": {"dtype": "F32", "shape": [10**18] * 10**5, "data_offsets": [0, 4]}}), "does not fit the file"),
         (header({"a": {"dtype": "F32", "shape": [-4, -1], "data_offsets": [0, 16]}}), "does not fit the file"),
         (header({"a": {"dtype": "F32", "shape": [40], "data_offsets": [0, 160]}}), "does not fit the file"),
         (header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}), "does not fit the file"),

@@ -144,6 +144,7 @@ def _merged(
             whole[name] = record
     for name, t in canonical(model, whole).items():
         _expect(checkpoint, name)
+        _refuse_tables(checkpoint, name)
         if t.shape != tensors[name].shape:
             raise CheckpointError(f"{name} has shape {t.shape}, expected {tensors[name].shape}: it is another model's LoRA")
         tensors[name] = t
@@ -151,6 +152,7 @@ def _merged(
     for module, pair in factors.items():
         name = module if module in tensors else f"{module}.weight"
         _expect(checkpoint, name)
+        _refuse_tables(checkpoint, name)
         if checkpoint.spec.weights[name].kind == "vector":
             raise CheckpointError(f"{name} is no matrix, and has a LoRA: it is another model's")
         if len(pair) != 2:
@@ -180,3 +182,9 @@ def _expect(checkpoint: Checkpoint, name: str) -> None:
         raise CheckpointError(
             f"{name} is no tensor of this RWKV-{spec.version} of {spec.n_layer} layers: it is another model's"
         )
+
+
+def _refuse_tables(checkpoint: Checkpoint, name: str) -> None:
+    """RWKV-7a's tables are computed from these, of the checkpoint as it was."""
+    if checkpoint.spec.tables and name in ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias", *checkpoint.spec.tables):
+        raise CheckpointError(f"{name} makes RWKV-{checkpoint.spec.version}'s tables, and no LoRA of it can be merged here")

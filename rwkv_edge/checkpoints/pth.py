@@ -19,6 +19,7 @@ from ..spec import Shape
 
 _STORAGES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
 _MAX_PICKLE = 1 << 24  # a 14B checkpoint's pickle is 200 kB
+_MAX_ARGS = 16  # of a call, a storage, a shape
 _WRAPPERS = ("state_dict", "module", "model")  # of Lightning, DeepSpeed, and many a training script
 _OPTIMIZER = re.compile("^optim|exp_avg|^lr_scheduler|^param_groups$")
 
@@ -132,6 +133,7 @@ def _read_pickle(data: bytes) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[Any, Any] = {}
+    n_copied = 0
 
     def pop_mark() -> list[Any]:
         at = marks.pop()
@@ -194,7 +196,11 @@ def _read_pickle(data: bytes) -> Any:
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
             case "REDUCE":
-                args = stack.pop()
+                args = _few(stack.pop())
+                # what a call copies stands in the file once: without a limit, a small file could have it copied without end
+                n_copied += sum(len(arg) for arg in args if isinstance(arg, list | dict))
+                if n_copied > len(data):
+                    raise CheckpointError("its pickle copies more than it holds, which no weights need: it may be malicious")
                 stack.append(_call(stack.pop(), args))
             case "BUILD":
                 stack.pop()  # attributes of a dictionary, such as its _metadata
@@ -215,18 +221,28 @@ _NAMES = {
 }
 
 
-def _name(module: str, name: str) -> _Name:
-    if (module, name) not in _NAMES and not (module == "torch" and str(name).endswith("Storage")):
+def _few(args: Any) -> tuple[Any, ...]:
+    if not isinstance(args, tuple) or len(args) > _MAX_ARGS:
+        raise CheckpointError(f"its pickle has a {type(args).__name__} as arguments. Download it again")
+    return args
+
+
+def _name(module: Any, name: Any) -> _Name:
+    if not isinstance(module, str) or not isinstance(name, str):  # a tuple in tuples takes forever to hash or to print
+        raise CheckpointError("its pickle asks for something that is no name, which no weights need: it may be malicious")
+    if (module, name) not in _NAMES and not (module == "torch" and name.endswith("Storage")):
         raise CheckpointError(f"its pickle asks for {module}.{name}, which no weights need: it may be malicious")
     return _Name(module, name)
 
 
 def _storage(pid: Any) -> _Storage:
-    _, kind, key, *_ = pid
-    return _Storage(_STORAGES.get(kind.name, kind.name), str(key))
+    _, kind, key, *_ = _few(pid)
+    if not isinstance(kind, _Name) or not isinstance(key, str):
+        raise CheckpointError("its pickle describes data that cannot be. Download it again")
+    return _Storage(_STORAGES.get(kind.name, kind.name), key)
 
 
-def _call(name: Any, args: Any) -> Any:
+def _call(name: Any, args: tuple[Any, ...]) -> Any:
     match name:
         case _Name(name="OrderedDict"):
             return dict(args[0]) if args else {}
@@ -236,7 +252,8 @@ def _call(name: Any, args: Any) -> Any:
             return tuple(args[0])
         case _Name(name="_rebuild_tensor_v2"):
             storage, offset, shape, stride, *_ = args
-            if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in (offset, *shape, *stride)):
+            places = (offset, *_few(shape), *_few(stride))
+            if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in places):
                 raise CheckpointError("its pickle describes a tensor that cannot be. Download it again")
             return _View(storage, offset, tuple(shape), tuple(stride))
-    raise CheckpointError(f"its pickle calls {name}, which no weights need: it may be malicious")
+    raise CheckpointError(f"its pickle calls a {type(name).__name__}, which no weights need: it may be malicious")

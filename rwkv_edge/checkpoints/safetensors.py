@@ -17,6 +17,7 @@ from ..files import DTYPES, Record
 from ..spec import Shape
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors package
+_MAX_AXES = 16  # the product of very many sizes would take forever
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
@@ -62,7 +63,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _record(path: Path, base: int, size: int, name: str, entry: Any) -> Record:
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        ok = all(type(v) is int and v >= 0 for v in (start, stop, *shape))
+        ok = len(shape) <= _MAX_AXES and all(type(v) is int and v >= 0 for v in (start, stop, *shape))
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path}: the header's entry for {name} is damaged") from e
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -70,7 +71,9 @@ def _record(path: Path, base: int, size: int, name: str, entry: Any) -> Record:
             f"{path}: {name} is stored as {dtype}: only F32, F16, BF16 and our own U8 can be read: save it as one of these"
         )
     if not ok or stop - start != math.prod(shape) * DTYPES[dtype].itemsize or base + stop > size or stop == start:
-        raise CheckpointError(f"{path}: {name} of shape {list(shape)} does not fit the file: it is damaged or cut short")
+        raise CheckpointError(
+            f"{path}: {name} of shape {list(shape[:_MAX_AXES])} does not fit the file: it is damaged or cut short"
+        )
     return Record(path, base + start, dtype, shape)
 
 
