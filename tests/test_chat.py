@@ -277,10 +277,16 @@ def test_a_conversation_on_a_terminal(bundle, tmp_path):
         before, _, seen = seen.partition(text)
         return before
 
+    def until_it_speaks(n=20):
+        nonlocal seen
+        while len(seen.strip()) < n:
+            assert select.select([fd], [], [], 60)[0], f"no reply came: {seen!r}"
+            seen += os.read(fd, 4096).decode(errors="replace")
+
     until("> ")
     os.write(fd, b"Hello\n")
     until("Hello")
-    time.sleep(1.5)
+    until_it_speaks()
     os.write(fd, b"\x03")
     until("(interrupted: the conversation goes on from here)")
     until("> ")
@@ -289,7 +295,7 @@ def test_a_conversation_on_a_terminal(bundle, tmp_path):
     until("> ")
     os.write(fd, b"\x1b[A\x1b[A\n")  # up, up: Hello again
     until("Hello")
-    time.sleep(0.5)
+    until_it_speaks()
     os.write(fd, b"\x03")
     until("(interrupted")
     until("> ")

@@ -56,7 +56,8 @@ def verbs(ran):
 def lines(text):
     """A text's lines, every number being as good as another but for those in names, and any space as one."""
     found = (re.sub(r"(?<![\w.])[-+]?\d[\d,.]*(e[-+]\d+)?", "0", " ".join(line.split())) for line in text.splitlines())
-    return [line for line in found if line]
+    # a benchmark that other programs disturbed says so, and is no worse a document
+    return [line.removesuffix("!") for line in found if line and not line.startswith("! Disturbed")]
 
 
 def test_readme_s_blocks_run_in_order(tmp_path):
