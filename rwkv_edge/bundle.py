@@ -275,12 +275,18 @@ def _validate(bundle: Bundle) -> None:
         raise BundleError(f"{where} is damaged: its end of text, {about['end_of_text']}, is no token of {spec.n_vocab}")
     if prompt and "none" not in prompt["think"]:
         raise BundleError(f"{where} is damaged: its chat template has no way of thinking called 'none'")
+    tables = {bundle.tensors[name].shape for name in spec.tables}
+    if any(len(shape) != 2 or shape[0] != spec.n_vocab or len(tables) > 1 for shape in tables):
+        raise BundleError(f"{where} is damaged: its tables are not of {spec.n_vocab} rows of one width")
     sizes = {f"state.{n}": math.prod(t.shape) for n, t in spec.state_tensors.items()}
     for graph in manifest["graphs"]:
         states = [i for i in graph["inputs"] if i["name"].startswith("state.")]
         others = [i["name"] for i in graph["inputs"] if i not in states]
         if others != ["tokens", "positions", *(["deep_embed"] if spec.tables else [])]:
             raise BundleError(f"{where} is damaged: {graph['file']} takes {', '.join(others)}")
+        embed = [i["shape"][1:] for i in graph["inputs"] if i["name"] == "deep_embed"]
+        if embed != [[len(spec.tables), shape[1]] for shape in tables]:
+            raise BundleError(f"{where} is damaged: the tables are not what {graph['file']} takes")
         if any(type(n) is not int or n < 1 for i in states for n in i["shape"]):
             raise BundleError(f"{where} is damaged: a state of {graph['file']} has no size")
         if {i["name"]: math.prod(i["shape"]) for i in states} != sizes:
@@ -291,6 +297,10 @@ def _validate(bundle: Bundle) -> None:
 
 def _stored(path: Path, files: Mapping[str, Any], name: str, t: Mapping[str, Any]) -> Stored:
     shape, bits, block = tuple(t["shape"]), t["bits"], t["block"]
+    if block and (len(shape) != 2 or not t["scales"]):
+        raise BundleError(
+            f"{path / MANIFEST} is damaged: {name} of shape {shape} is in blocks, which takes a matrix and scales"
+        )
     n_blocks = -(-shape[1] // block) if block else 0
     packed = (shape[0], n_blocks, block * bits // 8) if block else shape
     data = Record(path / t["file"], t["offset"], t["dtype"], packed)

@@ -517,6 +517,12 @@ def test_initial_states_whose_layout_is_not_known_or_that_no_memory_takes(odd, t
 # --- the command line ---
 
 
+def test_a_device_is_not_read(odd):
+    with pytest.raises(CheckpointError, match="/dev/zero is no regular file"):
+        read_initial_state("/dev/zero", open_checkpoint(odd).spec)
+    assert refused(odd, "/dev/zero:4") == "/dev/zero is no regular file"
+
+
 def run(*args):
     return CliRunner().invoke(cli, [str(a) for a in args])
 

@@ -89,6 +89,8 @@ def test_a_flipped_byte_anywhere_is_found(copy):
         (lambda m: m["tensors"]["head.weight"].update(offset=10**9), "places head.weight outside weights.bin"),
         (lambda m: m["tensors"]["head.weight"].update(bits=5), "manifest.tensors.head.weight.bits is '5'"),
         (lambda m: m["tensors"]["head.weight"].update(shape=[61, -64]), "is damaged"),
+        (lambda m: m["tensors"]["ln_out.weight"].update(block=32), "ln_out.weight of shape (64,) is in blocks"),
+        (lambda m: m["tensors"]["head.weight"].update(scales=None), "which takes a matrix and scales"),
         (lambda m: m.update(graphs=[]), "has no graph for 'run'"),
     ],
 )
@@ -98,6 +100,27 @@ def test_manifests_that_lie_are_refused(change, message, copy):
     with pytest.raises(BundleError) as e:
         open_bundle(path)
     assert message in str(e.value)
+
+
+TABLE = "blocks.1.ffn.s_emb.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["tensors"][TABLE].update(shape=[30, 1024]), "its tables are not of 61 rows of one width"),
+        (lambda m: m["tensors"][TABLE].update(shape=[61, 1023]), "its tables are not of 61 rows of one width"),
+        (lambda m: m["tensors"]["ln_out.weight"].update(kind="table"), "its tables are not of 61 rows of one width"),
+        (lambda m: m["tensors"][TABLE].update(kind="matrix"), "the tables are not what model.onnx takes"),
+        (lambda m: m["graphs"][0]["inputs"][2].update(shape=[]), "the tables are not what model.onnx takes"),
+    ],
+)
+def test_tables_that_lie_are_refused(change, message, copy):
+    path = copy("v7a", quant="fp16")
+    open_bundle(path)
+    edit(path, change)
+    with pytest.raises(BundleError, match=message):
+        open_bundle(path)
 
 
 def test_folders_that_are_no_bundles(tmp_path):

@@ -361,6 +361,7 @@ def header(entries, body=b"\0" * 64):
     ("data", "message"),
     [
         (struct.pack("<Q", 10**15) + b"{" + b"\0" * 50, "has a header of 1000000000000000 bytes in a file of 59"),
+        (header(b"{" + bytes(1 << 24)), "has a header of 16777217 bytes"),
         (header(b"{no json}"), "has a damaged header"),
         (header(b"{" + b'"a":{' * 5000), "has a damaged header"),
         (header({"a": 3}), "the header's entry for a is damaged"),

@@ -161,6 +161,8 @@ def _parts(name: str, record: Record, letters: str) -> list[tuple[str, Record]]:
 
 def read_adapter(path: Path) -> dict[str, Record]:
     """Find every tensor of what is given beside a checkpoint: a torch zip file, or safetensors."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device read without end
+        raise CheckpointError(f"{path} is no regular file")
     return read_pth(path) if zipfile.is_zipfile(path) else read_safetensors(path)[0]
 
 
