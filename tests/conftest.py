@@ -1,5 +1,6 @@
 """Fixtures: the demo model, small random models, and bundles of them, each exported once."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from rwkv_edge.checkpoints import open_checkpoint
 from rwkv_edge.convert import export
 from rwkv_edge.runtime import open_bundle
 
+# a job in the background ignores Ctrl-C, and so would the commands that the tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("ours", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("ours")
 
