@@ -95,9 +95,9 @@ def wkv_step(F: Any, S: Any, k: Any, v: Any, w: Any, u: Any) -> tuple[Any, Any]:
         a, b, p = S
         y = read(F, a, b, p, k, v, u)
 
-        # a <- e^w a + e^k v,   b <- e^w b + e^k,   both divided by e^p;  w + p would round a slow decay away
+        # a <- e^w a + e^k v,   b <- e^w b + e^k,   both divided by e^p
         new_p = F.larger(p + w, k)
-        e1, e2 = F.exp(w + (p - new_p)), F.exp(k - new_p)
+        e1, e2 = F.exp(p + w - new_p), F.exp(k - new_p)
         return y, (e1 * a + e2 * v, e1 * b + e2, new_p)
 
     return F.each_token(one, S, k, v)  # type: ignore[no-any-return]
@@ -112,7 +112,7 @@ def wkv_sums(decayed_sums: Any, F: Any, S: Any, k: Any, v: Any, w: Any, u: Any) 
     before, p = F.token_shift(after, p)
 
     # a_t = e^(w + p_(t-1) - p_t) a_(t-1) + e^(k - p_t) v_t
-    ln_decay = F.maximum(w + (before - after), -1e4)  # exp(-1e4) is 0, and sums of these stay finite
+    ln_decay = F.maximum(w + before - after, -1e4)  # exp(-1e4) is 0, and sums of these stay finite
     after_a, after_b = decayed_sums(a, b, ln_decay, F.exp(k - after), v)
     before_a, a = F.token_shift(after_a, a)
     before_b, b = F.token_shift(after_b, b)
