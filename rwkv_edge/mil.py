@@ -1,0 +1,372 @@
+"""MIL, the language of Core ML's packages: its files, and an interpreter of them in numpy.
+
+The interpreter reads a package as it lies on disk, protobuf and file of weights, and computes every operation itself. It
+knows nothing of how a package is made; so what it computes is what the file says. Each result is held against the type
+that the file declares.
+
+Source  coremltools 9.0, proto/MIL.proto; MILBlob's StorageFormat.hpp; the operations' documentation there (iOS 15 to 18)
+"""
+
+import contextlib
+import functools
+import logging
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import BackendError, BundleError
+from .qtensor import unpack_bits
+
+Array = npt.NDArray[Any]
+
+# a record in a file of weights: sentinel, dtype, bytes, offset of the numbers, bits of padding, 4 unused; the file itself
+# begins with the number of records and its version in the same form
+HEADER, SENTINEL = struct.Struct("<II7Q"), 0xDEADBEEF
+BLOB_DTYPES = {"fp16": 1, "fp32": 2, "uint8": 3, "int8": 4, "int4": 8, "uint4": 11, "uint6": 13}
+MODEL = "Data/com.apple.CoreML/model.mlmodel"
+WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+AT_MODEL_PATH = "@model_path/weights/weight.bin"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """coremltools speaks at import, of what is missing on Linux and of versions of torch: to nobody's use."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@functools.cache
+def messages() -> tuple[Any, Any, Any]:
+    """The protobuf messages MIL_pb2, Model_pb2 and FeatureTypes_pb2.
+
+    Raises  BackendError if coremltools is missing.
+    """
+    try:
+        with quiet():
+            from coremltools.proto import FeatureTypes_pb2, MIL_pb2, Model_pb2
+    except ImportError as e:
+        raise BackendError(f"Core ML needs coremltools ({e}): pip install 'rwkv-edge[coreml]'") from e
+    return MIL_pb2, Model_pb2, FeatureTypes_pb2
+
+
+# --- reading a package ---
+
+_DTYPES: dict[int, tuple[str, npt.DTypeLike]] = {
+    1: ("bool", np.bool_),
+    2: ("string", np.str_),
+    10: ("fp16", np.float16),
+    11: ("fp32", np.float32),
+    21: ("int8", np.int8),
+    23: ("int32", np.int32),
+    25: ("int4", np.int8),
+    35: ("uint4", np.uint8),
+    38: ("uint6", np.uint8),
+}
+_BITS = {"fp16": 16, "fp32": 32, "int8": 8, "int4": 4, "uint4": 4, "uint6": 6}
+
+
+class Package:
+    """A package on disk: its functions, and its weights as arrays that are read when they are needed.
+
+    path  the .mlpackage folder
+
+    Raises  BundleError if it is not readable as one; BackendError if coremltools is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        _, Model, _ = messages()
+        self.path = path
+        try:
+            self.model = Model.Model.FromString((path / MODEL).read_bytes())
+            self._weights = np.memmap(path / WEIGHTS, np.uint8, mode="r")
+        except Exception as e:  # protobuf's DecodeError is of no public class
+            raise BundleError(f"{path} cannot be read as a Core ML package: {e}") from e
+
+    def value(self, value: Any) -> Any:
+        """The content of a Value message: an array, a text, or a tuple of texts.
+
+        Integers of 4 and 6 bits come as int8 and uint8.
+        """
+        t = value.type.tensorType
+        shape = tuple(d.constant.size for d in t.dimensions)
+        if value.WhichOneof("value") == "blobFileValue":
+            name, dtype = self._dtype(t.dataType)
+            return self._blob(value.blobFileValue, name, np.dtype(dtype), shape)
+        tensor = value.immediateValue.tensor
+        match tensor.WhichOneof("value"):
+            case "strings":
+                (text,) = tensor.strings.values
+                return text
+            case "ints":
+                return np.array(tensor.ints.values, np.int32).reshape(shape)
+            case "bools":
+                return np.array(tensor.bools.values, np.bool_).reshape(shape)
+            case "bytes":
+                return np.frombuffer(tensor.bytes.values, self._dtype(t.dataType)[1]).reshape(shape)
+        raise BundleError(f"{self.path} holds a constant of a kind that nothing here writes")
+
+    def _dtype(self, number: int) -> tuple[str, npt.DTypeLike]:
+        if number not in _DTYPES:
+            raise BundleError(f"{self.path} holds a tensor of MIL's type {number}, which nothing here writes")
+        return _DTYPES[number]
+
+    def _blob(self, place: Any, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+        at, n_bits = place.offset, int(np.prod(shape)) * _BITS[name]
+        if place.fileName != AT_MODEL_PATH or at % 64 or not 0 < at <= len(self._weights) - HEADER.size:
+            raise BundleError(f"{self.path} points at {place.fileName}, byte {at}, where no record can be")
+        sentinel, code, nbytes, offset, *_ = HEADER.unpack(self._weights[at : at + HEADER.size].tobytes())
+        found = (sentinel, code, nbytes)
+        if found != (SENTINEL, BLOB_DTYPES[name], n_bits // 8) or offset + nbytes > len(self._weights):
+            raise BundleError(f"{self.path}: the record at byte {at} is not of {name} {shape}")
+        data = self._weights[offset : offset + nbytes]
+        if name in ("int4", "uint4", "uint6"):
+            codes = unpack_bits(data, _BITS[name])
+            data = (codes << 4).view(np.int8) >> 4 if name == "int4" else codes
+            return data.reshape(shape)
+        return data.view(dtype).reshape(shape)
+
+
+def type_of(t: Any) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of a ValueType message; of a state, what it holds."""
+    t = (t.stateType.wrappedType if t.WhichOneof("type") == "stateType" else t).tensorType
+    return _DTYPES[t.dataType][0], tuple(d.constant.size for d in t.dimensions)
+
+
+# --- the operations ---
+
+
+def _conv(x: Array, weight: Array, bias: Array | None = None, **options: Any) -> Array:
+    """A convolution over single points: (1, I, 1, T), (O, I, 1, 1) -> (1, O, 1, T)."""
+    said = {k: v if isinstance(v, str) else v.tolist() for k, v in options.items()}
+    if said != _POINTWISE or weight.shape[2:] != (1, 1):
+        raise BundleError(f"a convolution with {said} and weights of {weight.shape} is none over single points")
+    y = np.tensordot(weight[:, :, 0, 0], x[0], 1)[None]
+    return y if bias is None else y + bias[:, None, None]
+
+
+_POINTWISE = {"strides": [1, 1], "pad_type": "valid", "pad": [0, 0, 0, 0], "dilations": [1, 1], "groups": 1}
+
+
+def _layer_norm(x: Array, axes: Array, epsilon: Array, gamma: Array | None = None, beta: Array | None = None) -> Array:
+    (axis,) = axes.tolist()
+    d = x - x.mean(axis, keepdims=True)
+    y = d / np.sqrt((d * d).mean(axis, keepdims=True) + epsilon.astype(x.dtype))
+    shape = [n if i == axis % x.ndim else 1 for i, n in enumerate(x.shape)]
+    y = y if gamma is None else y * gamma.reshape(shape)
+    return y if beta is None else y + beta.reshape(shape)
+
+
+def _matmul(x: Array, y: Array, transpose_x: Array, transpose_y: Array) -> Array:
+    return (x.swapaxes(-1, -2) if transpose_x else x) @ (y.swapaxes(-1, -2) if transpose_y else y)
+
+
+def _gather(x: Array, indices: Array, axis: Array, batch_dims: Array, validate_indices: Array) -> Array:
+    if axis != 0 or batch_dims != 0:
+        raise BundleError("a gather along another axis than the first is not what is written here")
+    return x[indices]
+
+
+def _slice(x: Array, begin: Array, end: Array) -> Array:
+    if not all(0 <= a < b <= n for a, b, n in zip(begin, end, x.shape, strict=True)):
+        raise BundleError(f"a slice from {begin} to {end} of {x.shape}")
+    return x[tuple(slice(a, b) for a, b in zip(begin, end, strict=True))]
+
+
+def _sigmoid(x: Array) -> Array:
+    return np.tanh(x * 0.5) * 0.5 + 0.5
+
+
+def _dense(indices: Array, lut: Array) -> Array:
+    """(O, I ...) indices, (O / rows, 1 ..., 2**bits, 1) tables."""
+    n_out, tables = indices.shape[0], lut.reshape(lut.shape[0], -1)
+    if lut.shape[1:-2] != (1,) * (indices.ndim - 1) or lut.shape[-1] != 1 or n_out % len(tables):
+        raise BundleError(f"tables of {lut.shape} do not fit indices of {indices.shape}")
+    out = np.empty(indices.shape, lut.dtype)
+    rows = n_out // len(tables)
+    for i, table in enumerate(tables):
+        out[i * rows : (i + 1) * rows] = table[indices[i * rows : (i + 1) * rows]]
+    return out
+
+
+def _scaled(data: Array, scale: Array) -> Array:
+    if scale.ndim != data.ndim or any(n % m for n, m in zip(data.shape, scale.shape, strict=True)):
+        raise BundleError(f"scales of {scale.shape} do not fit codes of {data.shape}")
+    for axis, (n, m) in enumerate(zip(data.shape, scale.shape, strict=True)):
+        scale = np.repeat(scale, n // m, axis) if 1 != m != n else scale
+    return data * scale
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "abs": lambda x: np.abs(x),
+    "add": lambda x, y: x + y,
+    "concat": lambda values, axis, interleave: np.concatenate(values, int(axis)),
+    "conv": _conv,
+    "exp": lambda x: np.exp(x),
+    "gather": _gather,
+    "layer_norm": _layer_norm,
+    "linear": lambda x, weight, bias: x @ weight.T + bias,
+    "matmul": _matmul,
+    "maximum": lambda x, y: np.maximum(x, y),
+    "mul": lambda x, y: x * y,
+    "real_div": lambda x, y: x / y,
+    "reduce_max": lambda x, axes, keep_dims: x.max(tuple(axes), keepdims=bool(keep_dims)),
+    "reduce_sum": lambda x, axes, keep_dims: x.sum(tuple(axes), keepdims=bool(keep_dims)),
+    "relu": lambda x: np.maximum(x, 0),
+    "reshape": lambda x, shape: x.reshape(tuple(shape)),
+    "sigmoid": _sigmoid,
+    "slice_by_index": _slice,
+    "split": lambda x, num_splits, axis: np.split(x, int(num_splits), int(axis)),
+    "sqrt": lambda x: np.sqrt(x),
+    "square": lambda x: x * x,
+    "sub": lambda x, y: x - y,
+    "tanh": lambda x: np.tanh(x),
+    "transpose": lambda x, perm: x.transpose(tuple(perm)),
+}
+_CONSTEXPR: dict[str, Callable[..., Array]] = {
+    "constexpr_lut_to_dense": _dense,
+    "constexpr_blockwise_shift_scale": _scaled,
+}
+_KEPT = 1 << 31  # bytes of weights that an interpreter keeps made ready; beyond that it makes them anew in every call
+
+
+class Interpreter:
+    """One function of a package, computed in numpy.
+
+    arithmetic  "exact"   everything in float64: what the file says
+                "native"  every result rounded to the type that the file declares; sums inside an operation in float32
+    inputs, outputs  name -> (dtype, shape), as the model's description has them
+    state       (dtype, shape) of the tensor that Core ML keeps, or None
+    operations  how many of each type, constants aside
+
+    Raises  BundleError for a file that does not say what it should.
+    """
+
+    def __init__(self, package: Package, function: str, arithmetic: str = "native") -> None:
+        if arithmetic not in ("exact", "native"):
+            raise BackendError(f"arithmetic {arithmetic!r} is unknown: expected exact or native")
+        self.package, self.exact = package, arithmetic == "exact"
+        functions = package.model.mlProgram.functions
+        if function not in functions:
+            raise BundleError(f"{package.path} has no function {function!r}, only {', '.join(sorted(functions))}")
+        about = next((f for f in package.model.description.functions if f.name == function), None)
+        self._function = functions[function]
+        self._block = self._function.block_specializations[self._function.opset]
+        self.inputs = {i.name: type_of(i.type) for i in self._function.inputs if i.type.WhichOneof("type") == "tensorType"}
+        states = [type_of(i.type) for i in self._function.inputs if i.type.WhichOneof("type") == "stateType"]
+        self.state = states[0] if states else None
+        self._types = {o.name: type_of(o.type) for op in self._block.operations for o in op.outputs}
+        missing = [name for name in self._block.outputs if name not in self._types]
+        if about is None or missing:
+            raise BundleError(f"{package.path}: {function} is not described, or gives {missing} that nothing makes")
+        self.outputs = {name: self._types[name] for name in self._block.outputs}
+        for features, types in ((about.input, self.inputs), (about.output, self.outputs)):
+            said = {f.name: tuple(f.type.multiArrayType.shape) for f in features}
+            if said != {name: shape for name, (_, shape) in types.items()}:
+                raise BundleError(f"{package.path}: the description of {function} is not of its inputs and outputs")
+        self.operations: dict[str, int] = {}
+        for op in self._block.operations:
+            if op.type != "const":
+                self.operations[op.type] = self.operations.get(op.type, 0) + 1
+        unknown = self.operations.keys() - _OPERATIONS.keys() - _CONSTEXPR.keys() - {"cast", "read_state", "write_state"}
+        if unknown:
+            raise BundleError(f"{package.path} has operations that nothing here writes: {', '.join(sorted(unknown))}")
+        self._plan = self._prepare()
+        self._ready: dict[str, Array] = {}
+        self._ready_bytes = 0
+
+    def _prepare(self) -> list[tuple[Any, tuple[str, ...]]]:
+        """Which values nobody needs after an operation."""
+        last: dict[str, int] = {}
+        for n, op in enumerate(self._block.operations):
+            for argument in op.inputs.values():
+                for a in argument.arguments:
+                    if a.WhichOneof("binding") == "name":
+                        last[a.name] = n
+        last |= dict.fromkeys(self._block.outputs, len(self._block.operations))
+        ends: dict[int, list[str]] = {}
+        for name, n in last.items():
+            ends.setdefault(n, []).append(name)
+        return [(op, tuple(ends.get(n, ()))) for n, op in enumerate(self._block.operations)]
+
+    def __call__(self, inputs: Mapping[str, Array], state: Array | None = None) -> dict[str, Array]:
+        """Compute the outputs; a state is written in place.
+
+        inputs  by name, in the shapes that are declared; in native arithmetic they are rounded to the declared type
+        """
+        env: dict[str, Any] = {}
+        for name, (dtype, shape) in self.inputs.items():
+            x = np.asarray(inputs[name])
+            if x.shape != shape:
+                raise BundleError(f"{name} has shape {x.shape}, expected {shape}")
+            env[name] = self._cast(x, dtype)
+        if (self.state is None) != (state is None) or (state is not None and self.state and state.shape != self.state[1]):
+            raise BundleError(f"{self.package.path}: the state is not the one that is declared, {self.state}")
+        constants = self._ready
+        with np.errstate(all="ignore"):
+            for op, ended in self._plan:
+                if not (op.outputs and all(o.name in constants for o in op.outputs)):
+                    self._run(op, env, state)
+                for name in ended:
+                    env.pop(name, None)
+        return {name: env.get(name, constants.get(name)) for name in self._block.outputs}
+
+    def _cast(self, x: Any, dtype: str) -> Any:
+        """A result rounded to the type it is declared of, and as float32 again; all floats as float64 in exact arithmetic."""
+        if isinstance(x, str):
+            return x
+        if dtype not in ("fp16", "fp32"):
+            return np.asarray(x)
+        if self.exact:
+            return np.asarray(x, np.float64)
+        return np.asarray(x, np.float16 if dtype == "fp16" else np.float32).astype(np.float32, copy=False)
+
+    def _run(self, op: Any, env: dict[str, Any], state: Array | None) -> None:
+        if op.type == "write_state":
+            assert state is not None
+            state[...] = self._argument(op, "data", env)
+            return
+        if op.type == "read_state":
+            assert state is not None
+            results, kept = (self._cast(state.copy(), "fp16"),), False
+        elif op.type == "const":
+            results, kept = (self.package.value(op.attributes["val"]),), True
+        elif op.type in _CONSTEXPR:
+            arguments = {k: self.package.value(v.arguments[0].value) for k, v in op.inputs.items()}
+            wide = {k: x.astype(np.float64 if self.exact else np.float32) if k in ("lut", "scale") else x for k, x in arguments.items()}
+            results, kept = (_CONSTEXPR[op.type](**wide),), True
+        elif op.type == "cast":
+            results, kept = (self._argument(op, "x", env),), False
+        else:
+            arguments = {k: self._argument(op, k, env) for k in op.inputs}
+            results, kept = _OPERATIONS[op.type](**arguments), False
+            results = results if op.type == "split" else (results,)
+        if len(results) != len(op.outputs):
+            raise BundleError(f"{op.type} gives {len(results)} results, and {len(op.outputs)} are declared")
+        for output, x in zip(op.outputs, results, strict=True):
+            dtype, shape = self._types[output.name]
+            if isinstance(x, (np.ndarray, np.generic)) and np.shape(x) != shape:
+                raise BundleError(f"{self.package.path}: {output.name} is {np.shape(x)} and declared as {shape}")
+            x = self._cast(x, dtype)
+            env[output.name] = x
+            if kept and isinstance(x, np.ndarray) and self._ready_bytes + x.nbytes <= _KEPT:
+                self._ready[output.name] = x
+                self._ready_bytes += x.nbytes
+
+    def _argument(self, op: Any, param: str, env: Mapping[str, Any]) -> Any:
+        found = []
+        for a in op.inputs[param].arguments:
+            if a.WhichOneof("binding") != "name":
+                raise BundleError(f"{self.package.path}: {op.type} holds a constant, which nothing here writes")
+            found.append(env[a.name] if a.name in env else self._ready[a.name])
+        return found if param == "values" else found[0]
