@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CheckpointError, InputError, OutputError
-from .qtensor import BLOCKS, Array, QTensor
+from .qtensor import BLOCKS, Array, Lut, QTensor, unpack_bits
 from .spec import Shape
 
 # by safetensors' names; bfloat16 is read as its 16 bits and widened
@@ -22,6 +22,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
 }
 
 
@@ -40,12 +41,20 @@ def utf8(data: bytes, name: object) -> str:
 class Packing:
     """How a type that is not in DTYPES lies in a file: so many weights of a row in so many bytes, and what reads them.
 
-    unpack  (rows, bytes) uint8 -> (rows, weights) float32
+    unpack  (rows, bytes) uint8 -> (rows, weights)
     """
 
     n_weights: int
     nbytes: int
-    unpack: Callable[[npt.NDArray[np.uint8]], Array]
+    unpack: Callable[[npt.NDArray[np.uint8]], npt.NDArray[Any]]
+
+
+# codes in a Core ML package's file of weights
+CODES = {
+    "I4": Packing(2, 1, lambda data: (unpack_bits(data, 4) << 4).view(np.int8) >> 4),
+    "U4": Packing(2, 1, lambda data: unpack_bits(data, 4)),
+    "U6": Packing(4, 3, lambda data: unpack_bits(data, 6)),
+}
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,7 @@ class Stored:
     shape       canonical: matrices are (outputs, inputs), nothing else has an axis of one
     transposed  the file has the inputs first
     block       of a quantized matrix, weights along the inputs that share a scale
+    rows_per_table  of a matrix of indices, whose tables are in place of the scales
     plus        what an adapter adds
     """
 
@@ -120,6 +130,7 @@ class Stored:
     scales: Record | None = None
     method: str | None = None
     plus: "Product | None" = None
+    rows_per_table: int | None = None
 
     def validate(self) -> None:
         """Check that the places hold what the shape, bits and block need.
@@ -130,6 +141,8 @@ class Stored:
             raise CheckpointError(f"{self.name} has shape {self.shape}: expected sizes of 1 or more")
         if type(self.bits) is not int or not (self.block is None or type(self.block) is int):
             raise CheckpointError(f"{self.name} has {self.bits!r} bits in blocks of {self.block!r}: expected whole numbers")
+        if self.data.dtype in ("I8", *CODES):
+            return self._validate_codes()
         if self.block is None or self.scales is None:
             expected = [(self.data, f"F{self.bits}", self.shape)]
         else:
@@ -142,20 +155,38 @@ class Stored:
             if (record.dtype, record.shape) != (dtype, shape):
                 raise CheckpointError(f"{self.name}: found {record.dtype} {record.shape}, expected {dtype} {shape}")
 
+    def _validate_codes(self) -> None:
+        n_out, n_in = self.shape if len(self.shape) == 2 else (0, 0)
+        dtype = f"{'U' if self.rows_per_table else 'I'}{self.bits}"
+        if self.rows_per_table:
+            fits, second = n_out % self.rows_per_table == 0, (n_out // self.rows_per_table, 2**self.bits)
+        else:
+            fits, second = bool(self.block) and n_in % (self.block or 1) == 0, (n_out, n_in // (self.block or 1))
+        if not n_out or not fits or self.scales is None or self.data.dtype != dtype or self.scales.shape != second:
+            raise CheckpointError(f"{self.name} of shape {self.shape}: {self.bits} bits as {self.data.dtype} is not a known packing")
+
     @property
     def nbytes(self) -> int:
         """Bytes in the file, scales included."""
         return self.data.nbytes + (self.scales.nbytes if self.scales else 0)
 
-    def read(self) -> Array | QTensor:
+    def read(self) -> Array | QTensor | Lut:
         """Read the whole tensor."""
         return self.rows(0, self.shape[0])
 
-    def rows(self, start: int, stop: int) -> Array | QTensor:
+    def rows(self, start: int, stop: int) -> Array | QTensor | Lut:
         """Read rows start to stop, floats as float32.
 
         Raises  CheckpointError if one of them is not a finite number.
         """
+        if self.rows_per_table is not None and self.scales is not None:
+            tables = self.scales.rows(0, self.scales.shape[0]).astype(np.float32)
+            whole = Lut(self.data.rows(0, self.shape[0]), tables, self.bits, self.rows_per_table)
+            return whole if (start, stop) == (0, self.shape[0]) else whole.take(np.arange(start, stop))
+        if self.data.dtype in ("I8", "I4") and self.block is not None and self.scales is not None:
+            return QTensor(
+                self.data.rows(start, stop), self.scales.rows(start, stop).astype(np.float32), self.bits, self.block
+            )
         if self.block is not None and self.scales is not None:
             packed, scales = self.data.rows(start, stop), self.scales.rows(start, stop)
             if not np.isfinite(scales).all():
@@ -178,6 +209,31 @@ class Stored:
         if self.transposed or len(self.shape) == 1:
             return self.shape[0]
         return max(1, (1 << 20) // math.prod(self.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A matrix that lies in a file as several, some rows each."""
+
+    parts: tuple[Stored, ...]
+
+    @property
+    def name(self) -> str:
+        return self.parts[0].name
+
+    @property
+    def shape(self) -> Shape:
+        return (sum(p.shape[0] for p in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, scales included."""
+        return sum(p.nbytes for p in self.parts)
+
+    def read(self) -> Array:
+        """Read the whole tensor, as floats."""
+        parts = [x if isinstance(x := p.read(), np.ndarray) else x.dequantize() for p in self.parts]
+        return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -288,7 +344,7 @@ def _new(path: Path, refuse: Callable[[Path], None]) -> Iterator[Path]:
         if not path.parent.is_dir():
             raise OutputError(f"{path.parent} is not a folder: create it first")
         yield temporary
-        for file in sorted(temporary.iterdir()) if temporary.is_dir() else [temporary]:
+        for file in sorted(p for p in temporary.rglob("*") if p.is_file()) if temporary.is_dir() else [temporary]:
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
         refuse(path)  # again: the work took its time

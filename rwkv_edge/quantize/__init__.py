@@ -1,6 +1,7 @@
 """From floats to small integers: pure functions, and the plan that says which tensor gets which."""
 
-from .plan import QUANTS, plan
-from .rtn import rtn
+from .kmeans import kmeans
+from .plan import COREML_QUANTS, QUANTS, coreml_plan, plan
+from .rtn import rtn, with_half_scales
 
-__all__ = ["QUANTS", "plan", "rtn"]
+__all__ = ["COREML_QUANTS", "QUANTS", "coreml_plan", "kmeans", "plan", "rtn", "with_half_scales"]

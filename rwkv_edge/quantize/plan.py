@@ -1,6 +1,7 @@
 """Which tensor gets how many bits: data, made before any weight is read."""
 
 import fnmatch
+import math
 from collections.abc import Sequence
 
 from ..errors import QuantizeError
@@ -65,3 +66,69 @@ def _parse(override: str) -> tuple[str, int, int | None]:
             f"{', '.join(map(str, BLOCKS))}"
         )
     return pattern, int(bits), int(block) if colon else None
+
+
+# --- for Core ML ---
+
+# what the matrices and the head become; embedding and low-rank factors are int8 by rows then, vectors always float16
+COREML_QUANTS = {"ane": ("fp16", "int8", "lut4", "lut6"), "gpu": ("fp16", "int8", "int4", "lut4", "lut6")}
+_ROWS = 16  # that share a table
+
+
+def coreml_plan(spec: Spec, quant: str, profile: str, *, block: int | None = None, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
+    """Decide the recipe of every tensor of a Core ML bundle.
+
+    quant      "fp16"; "int8", a scale for every row; "lut4" or "lut6", tables for groups of rows; in profile gpu also "int4"
+    block      with int4, weights that share one scale, None for 32; with lut4 and lut6, rows that share a table, None for 16
+    overrides  "PATTERN=BITS", BITS 4, 6, 8 or 16; 4 is what quant says, or else lut4 in ane and int4 in gpu
+
+    Raises  QuantizeError if one of these is not known, is not for this profile, or does not fit a tensor.
+    """
+    if quant in ("none", *QUANTS) and quant not in COREML_QUANTS[profile]:
+        reason = (
+            "the Neural Engine computes integers in blocks wrongly, or leaves them to the CPU: use lut4"
+            if quant == "int4"
+            else "Core ML computes in float16: use fp16"
+        )
+        raise QuantizeError(f"quant {quant} does not go with profile {profile}: {reason}")
+    if quant not in COREML_QUANTS[profile]:
+        raise QuantizeError(f"quant {quant!r} is unknown: profile {profile} takes {', '.join(COREML_QUANTS[profile])}")
+    if block is not None and quant in ("fp16", "int8"):
+        raise QuantizeError(f"block {block} says nothing with quant {quant} here: it goes with int4, lut4 and lut6")
+    if block is not None and (block < 1 or block & (block - 1) or (quant == "int4" and block not in BLOCKS)):
+        raise QuantizeError(f"block {block} is not possible: expected a power of two, with int4 one of {BLOCKS}")
+    four = quant if quant in ("int4", "lut4") else "lut4" if profile == "ane" else "int4"
+    how = {"4": four, "6": "lut6", "8": "int8", "16": "fp16"}
+    chosen = {
+        name: "fp16" if quant == "fp16" or w.kind == "vector" else quant if w.kind in ("matrix", "head") else "int8"
+        for name, w in spec.weights.items()
+    }
+    for override in overrides:
+        pattern, _, bits = override.partition("=")
+        names = [n for n in fnmatch.filter(spec.weights, pattern) if spec.weights[n].kind != "vector"]
+        if bits not in how or not pattern:
+            raise QuantizeError(f"override {override!r} is not PATTERN=BITS with 4, 6, 8 or 16 bits")
+        if not names:
+            raise QuantizeError(f"override {override!r} matches no matrix: inspect lists their names")
+        chosen |= dict.fromkeys(names, how[bits])
+    return {name: _coreml_recipe(name, spec.weights[name].shape, spec.weights[name].kind, q, block) for name, q in chosen.items()}
+
+
+def _coreml_recipe(name: str, shape: Shape, kind: Kind, quant: str, block: int | None) -> Recipe:
+    if quant == "fp16":
+        return Recipe(16)
+    if kind == "table":
+        return _recipe(name, shape, kind, 8, 32)  # the runtime reads it, not Core ML
+    if kind == "embedding" and quant != "int8":
+        raise QuantizeError(f"{name} takes 8 or 16 bits: it is read row by row")
+    if quant == "int8":
+        return Recipe(8, shape[1], "rtn", half=True)
+    per = {"lut4": 2, "lut6": 4, "int4": BLOCKS[0]}[quant]  # inputs that fill whole bytes, or a block
+    if shape[1] % per:
+        raise QuantizeError(f"{name} has {shape[1]} inputs, which {quant} cannot pack: give --override '{name}=8'")
+    if quant == "int4":
+        size = block or 32
+        while shape[1] % size:
+            size //= 2
+        return Recipe(4, size, "rtn", half=True)
+    return Recipe(int(quant[3:]), None, "kmeans", rows=math.gcd(block or _ROWS, shape[0]))

@@ -21,14 +21,14 @@ def rtn(w: Array, *, bits: int, block: int) -> QTensor:
 
     w      (O, I) float32; a short last block is allowed
     bits   4 or 8
-    block  weights along I that share one scale: 16, 32, 64, 128 or 256
+    block  weights along I that share one scale: 16, 32, 64, 128 or 256, or all of I
 
     Error   the squared error of every block is at most that of scale = largest / (2**(bits-1) - 1), where no weight is
             more than scale / 2 from its code, and 1e-6 of the block's sum of squares: float32's resolution of the search.
             Blocks whose largest weight is below 1e-30 become zeros.
     Raises  QuantizeError if bits or block are not of these, or w has a NaN, an infinity, or weights beyond about 1e36.
     """
-    if bits not in _LEVELS or block not in BLOCKS:
+    if bits not in _LEVELS or block not in (*BLOCKS, w.shape[-1]):
         raise QuantizeError(f"{bits} bits in blocks of {block}: expected 4 or 8 bits, blocks of {BLOCKS}")
     if not np.isfinite(w).all():
         raise QuantizeError("the weights hold a NaN or an infinity")
@@ -46,6 +46,20 @@ def rtn(w: Array, *, bits: int, block: int) -> QTensor:
     if not np.isfinite(scales).all():
         raise QuantizeError(f"weights up to {np.abs(w).max():.1e} are beyond what can be quantized in float32")
     return QTensor(codes.reshape(n_out, -1)[:, :n_in], scales.reshape(n_out, n_blocks), bits, block)
+
+
+def with_half_scales(w: Array, q: QTensor) -> QTensor:
+    """Round the scales to float16, and the weights to the levels that these make.
+
+    Raises  QuantizeError if a scale is beyond float16, or so small that little of it is left.
+    """
+    scales = q.scales.astype(np.float16).astype(np.float32)
+    if not np.isfinite(scales).all() or not (np.abs(scales - q.scales) <= 2**-8 * np.abs(q.scales) + 2**-30).all():
+        raise QuantizeError(f"scales from {np.abs(q.scales).min():.1e} to {np.abs(q.scales).max():.1e} do not fit float16")
+    each = np.repeat(scales, q.block, axis=1)[:, : w.shape[1]]
+    levels = np.divide(w, each, out=np.zeros_like(w), where=each != 0)
+    codes = np.clip(np.rint(levels), -(2 ** (q.bits - 1)), 2 ** (q.bits - 1) - 1).astype(np.int8)
+    return QTensor(codes, scales, q.bits, q.block)
 
 
 def _blocks(x: Array, bits: int) -> tuple[Array, Array]:
