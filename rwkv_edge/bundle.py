@@ -11,11 +11,11 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import BundleError, CheckpointError
-from .files import Record, Stored
+from .files import CODES, Pieces, Record, Stored
 from .qtensor import BLOCKS
 from .spec import Spec, StateTensor, Weight
 
@@ -33,7 +33,13 @@ class Bundle:
     path: Path
     manifest: Mapping[str, Any]
     spec: Spec
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, Stored | Pieces]
+
+    @property
+    def target(self) -> str:
+        """What runs its graphs: "onnx" or "coreml"."""
+        target: str = self.manifest["graphs"][0]["target"]
+        return target
 
     @property
     def model_id(self) -> str:
@@ -98,6 +104,38 @@ class _Real:
     high: float
 
 
+_FEATURE = {"name": re.compile("[A-Za-z_][A-Za-z0-9_]*"), "dtype": {"int32", "float16"}, "shape": [_SIZE]}
+_COREML_GRAPH = {
+    "file": re.compile(r"[a-z0-9-]+\.mlpackage"),
+    "function": {"decode", "prefill"},
+    "role": {"decode", "prefill"},
+    "part": _SIZE,
+    "parts": _SIZE,
+    "target": {"coreml"},
+    "profile": {"ane", "gpu"},
+    "wkv": str,
+    "T": _SIZE,
+    "arithmetic": {"float16"},
+    "state": {"explicit", "packed"},
+    "inputs": [_FEATURE],
+    "outputs": [_FEATURE],
+    "needs": {"ios": str, "macos": str},
+}
+_PACKED = {"name": str, "shape": [_SIZE], "first_layer": _PLACE, "rows": {...: [_PLACE]}}
+_COREML_TENSOR = {
+    "file": str,
+    "offset": _PLACE,
+    "bytes": _PLACE,
+    "dtype": {"F16", "I8", "I4", "U4", "U6"},
+    "shape": [_SIZE],
+    "kind": {"embedding", "head", "matrix", "low_rank", "vector"},
+    "bits": {4, 6, 8, 16},
+    "block": (None, _SIZE),
+    "rows": (None, _SIZE),
+    "scales": (None, {"offset": _PLACE, "bytes": _PLACE}),
+    "factor": _Real(2.0**-24, 2.0**24),
+    "method": {None, "rtn", "kmeans"},
+}
 _SHARE, _LOGIT = _Real(math.ulp(0), 1), _Real(-1e4, 1e4)
 _SAMPLING = {
     "temperature": _Real(0, sys.float_info.max),
@@ -121,7 +159,7 @@ _MANIFEST: Any = {
     "spec": {"version": str} | dict.fromkeys(("n_layer", "n_embd", "n_head", "head_size", "n_ffn", "n_vocab"), _SIZE),
     "state": [{"name": str, "shape": [_SIZE], "dtype": {"float32"}, "first": float}],
     "graphs": [
-        {
+        (_COREML_GRAPH, _COREML_GRAPH | {"packed": _PACKED}, {
             "file": str,
             "role": {"run", "exact"},
             "target": {"onnx"},
@@ -132,10 +170,10 @@ _MANIFEST: Any = {
             "inputs": [(_VALUE, _VALUE | {"layout": {"key,value", "value,key"}})],
             "outputs": [(_VALUE, _VALUE | {"layout": {"key,value", "value,key"}})],
             "needs": {"onnxruntime": re.compile(r"\d+\.\d+\.\d+")},
-        }
+        })
     ],
     "tensors": {
-        ...: {
+        ...: ([_COREML_TENSOR], {
             "file": str,
             "offset": _PLACE,
             "bytes": _PLACE,
@@ -146,7 +184,7 @@ _MANIFEST: Any = {
             "block": (None, set(BLOCKS)),
             "scales": (None, {"offset": _PLACE, "bytes": _PLACE}),
             "method": {None, "rtn"},
-        }
+        })
     },
     "files": {...: {"bytes": _PLACE, "sha256": _SHA}},
     "initial_state": (None, str),
@@ -212,7 +250,7 @@ def _conform(x: Any, form: Any, where: str) -> None:
 
 def why_not_replace(path: Path) -> str | None:
     """Say why an existing folder may not be replaced by a bundle: it may if it is empty, or a bundle and nothing else."""
-    names = {p.name for p in path.iterdir()}
+    names = {p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir() or p.is_symlink()}
     if not names:
         return None
     try:
@@ -229,21 +267,30 @@ def why_not_replace(path: Path) -> str | None:
 
 def _parse(path: Path, manifest: dict[str, Any]) -> Bundle:
     for name, about in manifest["files"].items():
-        if name != Path(name).name or name in ("", ".", ".."):
+        parts = PurePosixPath(name).parts
+        if "/".join(parts) != name or ".." in parts or name in ("", ".") or (parts[1:] and not parts[0].endswith(".mlpackage")):
             raise BundleError(f"{path / MANIFEST} names {name!r}: a bundle's files lie in its own folder")
         file = path / name
         if not file.is_file():
             raise BundleError(f"{file} is missing: export or copy the bundle again")
         if file.stat().st_size != about["bytes"]:
             raise BundleError(f"{file} has {file.stat().st_size} bytes, expected {about['bytes']}: copy the bundle again")
-    used = [g["file"] for g in manifest["graphs"]] + [t["file"] for t in manifest["tensors"].values()]
+    used = [f"{g['file']}/Manifest.json" if g["target"] == "coreml" else g["file"] for g in manifest["graphs"]]
+    used += [t["file"] for one in manifest["tensors"].values() for t in (one if isinstance(one, list) else [one])]
     used += [manifest["tokenizer"]["file"]] if manifest["tokenizer"] else []
     used += [manifest["initial_state"]] if manifest["initial_state"] is not None else []
     for name in used:
         if name not in manifest["files"]:
             raise BundleError(f"{path / MANIFEST} uses {name!r} but does not list it under files")
-    tensors = {name: _stored(path, manifest["files"], name, t) for name, t in manifest["tensors"].items()}
-    weights = {name: Weight(t.shape, manifest["tensors"][name]["kind"]) for name, t in tensors.items()}
+    tensors: dict[str, Stored | Pieces] = {}
+    weights = {}
+    for name, one in manifest["tensors"].items():
+        entries = one if isinstance(one, list) else [one]
+        if not entries:
+            raise BundleError(f"{path / MANIFEST} is damaged: {name} lies nowhere")
+        parts = [_stored(path, manifest["files"], name, t) for t in entries]
+        tensors[name] = parts[0] if len(parts) == 1 else Pieces(tuple(parts))
+        weights[name] = Weight(tensors[name].shape, entries[0]["kind"])
     per_layer = tuple(
         StateTensor(t["name"].removeprefix("0."), tuple(t["shape"]), float(t["first"]))
         for t in manifest["state"]
@@ -278,6 +325,8 @@ def _validate(bundle: Bundle) -> None:
     tables = {bundle.tensors[name].shape for name in spec.tables}
     if any(len(shape) != 2 or shape[0] != spec.n_vocab or len(tables) > 1 for shape in tables):
         raise BundleError(f"{where} is damaged: its tables are not of {spec.n_vocab} rows of one width")
+    if bundle.target == "coreml":
+        return _validate_coreml(bundle)
     sizes = {f"state.{n}": math.prod(t.shape) for n, t in spec.state_tensors.items()}
     for graph in manifest["graphs"]:
         states = [i for i in graph["inputs"] if i["name"].startswith("state.")]
@@ -295,22 +344,73 @@ def _validate(bundle: Bundle) -> None:
             raise BundleError(f"{where} is damaged: {graph['file']} does not say how its memory lies")
 
 
+def _validate_coreml(bundle: Bundle) -> None:
+    """Check that the parts are all there, in order, and pass on what the next one takes."""
+    where, graphs = bundle.path / MANIFEST, bundle.manifest["graphs"]
+    sizes = {f"state_{n.replace('.', '_')}": math.prod(t.shape) for n, t in bundle.spec.state_tensors.items()}
+    for role in ("decode", "prefill"):
+        parts = [g for g in graphs if g["role"] == role]
+        if [(g["part"], g["parts"]) for g in parts] != [(i + 1, len(parts)) for i in range(len(parts))] or not parts:
+            raise BundleError(f"{where} is damaged: the parts of {role} are not all there, in order")
+        T, known, found = parts[0]["T"], {"tokens", "deep_embed"}, 0
+        for g in parts:
+            takes = {i["name"]: math.prod(i["shape"]) for i in g["inputs"]}
+            gives = {o["name"] for o in g["outputs"]}
+            states = {n: size for n, size in takes.items() if n.startswith("state_")}
+            if g["T"] != T or g["state"] != parts[0]["state"] or (g["state"] == "packed") != ("packed" in g or not g["part"]):
+                if not (g["state"] == "packed" and "packed" not in g):  # a part with the head alone keeps nothing
+                    raise BundleError(f"{where} is damaged: the parts of {role} are not of one kind")
+            if not takes.keys() - states.keys() <= known or any(sizes.get(n) != size for n, size in states.items()):
+                raise BundleError(f"{where} is damaged: {g['file']} takes what nothing gives")
+            if any(f"{n}_out" not in gives for n in states):
+                raise BundleError(f"{where} is damaged: {g['file']} does not give its state")
+            known |= {n.removesuffix("_out") for n in gives if n.endswith("_out")}
+            found += len(states) if g["state"] == "explicit" else math.prod(g["packed"]["shape"]) if "packed" in g else 0
+        if found != (len(sizes) if parts[0]["state"] == "explicit" else sum(sizes.values())):
+            raise BundleError(f"{where} is damaged: the state of {role} is not the model's")
+        if [o["shape"] for o in parts[-1]["outputs"] if o["name"] == "logits"] != [[1, bundle.spec.n_vocab]]:
+            raise BundleError(f"{where} is damaged: the last part of {role} gives no logits of {bundle.spec.n_vocab} tokens")
+
+
 def _stored(path: Path, files: Mapping[str, Any], name: str, t: Mapping[str, Any]) -> Stored:
     shape, bits, block = tuple(t["shape"]), t["bits"], t["block"]
     if block and (len(shape) != 2 or not t["scales"]):
         raise BundleError(
             f"{path / MANIFEST} is damaged: {name} of shape {shape} is in blocks, which takes a matrix and scales"
         )
+    if "factor" in t:
+        return _stored_for_coreml(path, files, name, t)
     n_blocks = -(-shape[1] // block) if block else 0
     packed = (shape[0], n_blocks, block * bits // 8) if block else shape
     data = Record(path / t["file"], t["offset"], t["dtype"], packed)
     scales = Record(path / t["file"], t["scales"]["offset"], "F32", (shape[0], n_blocks)) if block else None
     stored = Stored(name, shape, data, bits=bits, block=block, scales=scales, method=t["method"])
+    return _inside(path, files, t, stored)
+
+
+def _inside(path: Path, files: Mapping[str, Any], t: Mapping[str, Any], stored: Stored) -> Stored:
     stored.validate()
-    for record in (data, *([scales] if scales else [])):
+    for record in (stored.data, *([stored.scales] if stored.scales else [])):
         if record.offset < 0 or record.offset + record.nbytes > files[t["file"]]["bytes"]:
-            raise BundleError(f"{path / MANIFEST} places {name} outside {t['file']}")
+            raise BundleError(f"{path / MANIFEST} places {stored.name} outside {t['file']}")
     return stored
+
+
+def _stored_for_coreml(path: Path, files: Mapping[str, Any], name: str, t: Mapping[str, Any]) -> Stored:
+    """Some rows of a weight in a package's file: float16, or codes with scales or tables of float16."""
+    shape, file, bits, block, rows = tuple(t["shape"]), path / t["file"], t["bits"], t["block"], t["rows"]
+    packing = CODES.get(t["dtype"])
+    if (block or rows) and (len(shape) != 2 or not t["scales"] or (packing and shape[1] % packing.n_weights)):
+        raise BundleError(f"{path / MANIFEST} is damaged: {name} of shape {shape} does not go with {t['dtype']}")
+    factor = float(t["factor"])
+    coded = bool(block or rows)
+    data = Record(file, t["offset"], t["dtype"], shape, packing=packing, factor=1.0 if coded else factor)
+    second = (shape[0] // rows, 2**bits) if rows else (shape[0], shape[1] // block) if block else ()
+    scales = Record(file, t["scales"]["offset"], "F16", second, factor=factor) if coded else None
+    stored = Stored(
+        name, shape, data, bits=bits, block=block, scales=scales, method=t["method"], rows_per_table=rows
+    )
+    return _inside(path, files, t, stored)
 
 
 def tensor_entry(stored: Stored, kind: str) -> dict[str, Any]:
@@ -326,6 +426,16 @@ def tensor_entry(stored: Stored, kind: str) -> dict[str, Any]:
         "block": stored.block,
         "scales": {"offset": stored.scales.offset, "bytes": stored.scales.nbytes} if stored.scales else None,
         "method": stored.method,
+    }
+
+
+def coreml_tensor_entry(t: Stored, file: str, kind: str, factor: float) -> dict[str, Any]:
+    """The same of some rows of a tensor in a package, whose numbers are multiplied by `factor` when they are read."""
+    entry = tensor_entry(t, kind)
+    return {k: file if k == "file" else v for k, v in entry.items() if k != "method"} | {
+        "rows": t.rows_per_table,
+        "factor": factor,
+        "method": t.method,
     }
 
 

@@ -16,17 +16,26 @@ import numpy as np
 import numpy.typing as npt
 
 from . import __version__
-from .bundle import FORMAT, MANIFEST, dump_manifest, read_bundle, sha256_of, tensor_entry, why_not_replace
+from .bundle import (
+    FORMAT,
+    MANIFEST,
+    coreml_tensor_entry,
+    dump_manifest,
+    read_bundle,
+    sha256_of,
+    tensor_entry,
+    why_not_replace,
+)
 from .checkpoints import QUANTIZED, Checkpoint, ModelId, open_checkpoint, verify
 from .checkpoints.initial_state import read_initial_state
 from .checkpoints.lora import with_lora
 from .checkpoints.safetensors import header
 from .errors import ExportError, InputError, OutputError, QuantizeError
-from .exporters import onnx
-from .files import Record, Stored, new_directory, new_file
+from .exporters import coreml, onnx
+from .files import CODES, Record, Stored, new_directory, new_file
 from .qtensor import Plan, QTensor, Recipe
+from .quantize import COREML_QUANTS, coreml_plan, kmeans, rtn, with_half_scales
 from .quantize import plan as make_plan
-from .quantize import rtn
 from .runtime import State
 from .spec import Shape
 from .tokenizer import World, open_tokenizer, tokenizer_beside
@@ -144,19 +153,27 @@ def export(
     overrides: Sequence[str] = (),
     lora: str | Path | None = None,
     initial_state: str | Path | None = None,
-    wkv: str = "attention",
+    wkv: str | None = None,
+    target: str = "onnx",
+    profile: str | None = None,
+    coreml_state: str | None = None,
+    part_bytes: int | None = None,
     tokenizer: str | Path | None = None,
     template: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Written:
-    """Write a bundle for onnxruntime.
+    """Write a bundle for onnxruntime, or for Core ML.
 
     quant, block, overrides  see rwkv_edge.quantize.plan; None is int4, or what a quantized checkpoint brings
     lora       a LoRA to merge before rounding, W + (alpha / r) B A, as FILE, or FILE:ALPHA where it does not say its alpha;
                the merged model is another model, with a model_id of its own
     initial_state  a state-tuned file, `blocks.0.att.time_state` and so on: every text begins from it
-    wkv        "attention" (onnxruntime's operator, the fastest), "plain" (plain operations), "step" (one token a call)
+    wkv        "attention" (onnxruntime's operator, the fastest; None), "plain" (plain operations), "step" (one token a call)
+    target     "onnx", or "coreml": packages for macOS 15 and iOS 18, in float16; quants: see rwkv_edge.quantize.coreml_plan
+    profile    with coreml, the unit it is laid out for: "ane", the Neural Engine (None), or "gpu"
+    coreml_state   with coreml, "explicit" (tensors in and out; None), or "packed", one tensor that Core ML keeps
+    part_bytes     with coreml, split into packages of about so many; None is what the unit takes, 1 GiB with ane
     tokenizer  a tokenizer.json, or a World vocabulary (.txt); without it, the tokenizer.json beside the checkpoint, or what
                a Hugging Face folder has; without that, the World vocabulary for a model of its size, or else none
     template   how the model was taught to chat: "rwkv" (User: and Assistant:), or "none"; without it, rwkv with World
@@ -168,52 +185,55 @@ def export(
     """
     output = Path(output)
     source = with_lora(open_checkpoint(checkpoint), lora)
-    if wkv not in onnx.WKV_FORMS:
-        raise ExportError(f"wkv {wkv!r} is unknown: expected one of {', '.join(onnx.WKV_FORMS)}")
+    _refuse(target, wkv, profile, coreml_state, part_bytes)
     if template is not None and template not in TEMPLATES:
         raise ExportError(f"template {template!r} is unknown: expected one of {', '.join(TEMPLATES)}")
-    spec, plan = source.spec, _plan(source, quant, block, overrides)
+    spec = source.spec
+    if target == "coreml":
+        plan = _coreml_plan(source, quant, profile or "ane", block, overrides)
+    else:
+        plan = _plan(source, quant, block, overrides)
     verify(source)
     first = read_initial_state(initial_state, spec) if initial_state else None
     tokenizer_file, tokenizer_about = _tokenizer(source, tokenizer)
-    layout = onnx.Layout(spec, plan)
-    graphs = {"run": onnx.trace(spec, plan, layout, wkv=wkv, exact=False, weights_file=WEIGHTS)}
-    if graphs["run"].about["arithmetic"] != "exact":
-        graphs["exact"] = onnx.trace(spec, plan, layout, wkv=wkv, exact=True, weights_file=WEIGHTS)
+    if target == "coreml":
+        made = _coreml_graphs(source, plan, profile or "ane", coreml_state or "explicit", part_bytes)
+    else:
+        made = _onnx_graphs(source, plan, wkv or "attention")
 
     with new_directory(output, replaceable=why_not_replace if force else None) as folder:
-        names = {"run": "model.onnx", "exact": "exact.onnx"}
-        for role, graph in graphs.items():
-            (folder / names[role]).write_bytes(graph.data)
+        for name, content in made.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
         if tokenizer_file:
             (folder / tokenizer_about["file"]).write_bytes(tokenizer_file.read_bytes())
-        layouts = {WEIGHTS: layout} | ({TABLES: onnx.Layout.of_tables(spec, plan)} if spec.tables else {})
+        tables = onnx.Layout.of_tables(spec, plan)
+        layouts = made.layouts | ({TABLES: tables} if spec.tables else {})
         with contextlib.ExitStack() as stack:
-            files = [(stack.enter_context(open(folder / file, "wb")), layout) for file, layout in layouts.items()]
+            files: list[_File] = []
+            for name, layout in layouts.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                files.append((stack.enter_context(open(folder / name, "wb")), layout))
             model_id = _write_tensors(source, plan, files, progress)
         if first:
             State(model_id, 0, first).save(folder / INITIAL_STATE)
-        tensors = {}
-        for name, w in spec.weights.items():
-            file = TABLES if w.kind == "table" else WEIGHTS
-            places = layouts[file].places
-            at = [places[part].offset if part in places else 0 for part in ((name, "data"), (name, "scales"))]
-            data, scales = _records(folder / file, w.shape, plan[name], *at)
-            r = plan[name]
-            stored = Stored(name, w.shape, data, bits=r.bits, block=r.block, scales=scales, method=r.method)
-            tensors[name] = tensor_entry(stored, w.kind)
+        tensors: dict[str, Any] = {}
+        for file, layout in layouts.items():
+            add = _coreml_entries if isinstance(layout, coreml.Layout) else _onnx_entries
+            add(tensors, source, plan, folder, file, layout)
         manifest = {
             "format": FORMAT,
             "model_id": model_id,
             "spec": spec.sizes,
             "state": [
-                {"name": name, "shape": list(t.shape), "dtype": "float32", "first": t.first}
+                {"name": name, "shape": list(t.shape), "dtype": "float32", "first": made.first(t)}
                 for name, t in spec.state_tensors.items()
             ],
-            "graphs": [{"file": names[role], "role": role, **graph.about} for role, graph in graphs.items()],
-            "tensors": tensors,
+            "graphs": made.about,
+            "tensors": {name: tensors[name] for name in spec.weights},
             "files": {
-                file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())
+                file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+                for file in _files(folder)
             },
             "initial_state": INITIAL_STATE if first else None,
             "tokenizer": tokenizer_about or None,
@@ -222,10 +242,108 @@ def export(
             "made_by": {"tool": "rwkv-edge", "version": __version__},
         }
         (folder / MANIFEST).write_bytes(dump_manifest(manifest))
-        nbytes = sum(file.stat().st_size for file in folder.iterdir())
+        nbytes = sum(file.stat().st_size for file in _files(folder))
         read_bundle(folder, verify=False)  # what we write, we can read
     notes = () if tokenizer_file else (f"no tokenizer.json beside {source.path.name}: the bundle takes and gives token ids",)
     return Written(output, nbytes, _bits_per_weight(source, plan), model_id, (*source.notes, *notes))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _refuse(
+    target: str, wkv: str | None, profile: str | None, coreml_state: str | None, part_bytes: int | None
+) -> None:
+    """Refuse options that are unknown, or of the other target."""
+    known: dict[str, tuple[object, Sequence[str]]] = {
+        "target": (target, ("onnx", "coreml")),
+        "wkv": (wkv, tuple(onnx.WKV_FORMS)),
+        "profile": (profile, tuple(COREML_QUANTS)),
+        "coreml_state": (coreml_state, ("explicit", "packed")),
+    }
+    for option, (value, values) in known.items():
+        if value is not None and value not in values:
+            raise ExportError(f"{option} {value!r} is unknown: expected one of {', '.join(values)}")
+    if target == "coreml" and wkv is not None:
+        raise ExportError(f"wkv {wkv!r} is of target onnx: a Core ML bundle has one form")
+    if target == "onnx" and (profile or coreml_state or part_bytes):
+        raise ExportError("profile, coreml_state and part_bytes go with target coreml")
+    if part_bytes is not None and part_bytes < 1:
+        raise ExportError(f"part_bytes {part_bytes} is not possible: expected 1 or more")
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """What a target's exporter made: files by name, layouts of files of weights, what a manifest says of the graphs."""
+
+    files: dict[str, bytes]
+    layouts: dict[str, "onnx.Layout | coreml.Layout"]
+    about: list[dict[str, Any]]
+    first: Callable[[Any], float]
+
+
+def _onnx_graphs(source: Checkpoint, plan: Plan, wkv: str) -> _Graphs:
+    layout = onnx.Layout(source.spec, plan)
+    graphs = {"run": onnx.trace(source.spec, plan, layout, wkv=wkv, exact=False, weights_file=WEIGHTS)}
+    if graphs["run"].about["arithmetic"] != "exact":
+        graphs["exact"] = onnx.trace(source.spec, plan, layout, wkv=wkv, exact=True, weights_file=WEIGHTS)
+    names = {"run": "model.onnx", "exact": "exact.onnx"}
+    about = [{"file": names[role], "role": role, **graph.about} for role, graph in graphs.items()]
+    return _Graphs({names[role]: g.data for role, g in graphs.items()}, {WEIGHTS: layout}, about, lambda t: float(t.first))
+
+
+def _coreml_graphs(source: Checkpoint, plan: Plan, profile: str, state: str, part_bytes: int | None) -> _Graphs:
+    packages = coreml.trace(source.spec, plan, profile=profile, state=state, part_bytes=part_bytes)
+    files: dict[str, bytes] = {}
+    for package in packages:
+        files |= package.files()
+    about = [g for role in coreml.FUNCTIONS for package in packages for g in package.graphs if g["role"] == role]
+    return _Graphs(files, {p.weights: p.layout for p in packages}, about, coreml.first_value)
+
+
+def _onnx_entries(
+    tensors: dict[str, Any], source: Checkpoint, plan: Plan, folder: Path, file: str, layout: "onnx.Layout"
+) -> None:
+    """What a manifest says of the tensors in a file, by name."""
+    for name in dict.fromkeys(name for name, _ in layout.places):
+        w, r = source.spec.weights[name], plan[name]
+        at = [layout.places[part].offset if part in layout.places else 0 for part in ((name, "data"), (name, "scales"))]
+        data, scales = _records(folder / file, w.shape, r, *at)
+        stored = Stored(name, w.shape, data, bits=r.bits, block=r.block, scales=scales, method=r.method)
+        tensors[name] = tensor_entry(stored, w.kind)
+
+
+def _coreml_entries(
+    tensors: dict[str, Any], source: Checkpoint, plan: Plan, folder: Path, file: str, layout: "coreml.Layout"
+) -> None:
+    """The same of a package: every tensor as the rows that lie together."""
+    for name, (start, stop), what in layout.places:
+        if what != "data" or not name:
+            continue
+        w, r = source.spec.weights[name], plan[name]
+        shape = (stop - start, *w.shape[1:])
+        dtype = f"U{r.bits}" if r.rows else f"I{r.bits}" if r.block else f"F{r.bits}"
+        at = layout.places[name, (start, stop), "data"].offset
+        data = Record(folder / file, at, dtype, shape, packing=CODES.get(dtype))
+        scales = None
+        if (second := layout.places.get((name, (start, stop), "scales"))) is not None:
+            n = shape[0] // r.rows if r.rows else shape[0]
+            scales = Record(folder / file, second.offset, "F16", (n, second.nbytes // 2 // n))
+        stored = Stored(
+            name, shape, data, bits=r.bits, block=r.block, scales=scales, method=r.method, rows_per_table=r.rows
+        )
+        entry = coreml_tensor_entry(stored, file, w.kind, 1 / coreml.factor(name))
+        tensors.setdefault(name, []).append(entry)
+
+
+def _coreml_plan(
+    source: Checkpoint, quant: str | None, profile: str, block: int | None, overrides: Sequence[str]
+) -> Plan:
+    if source.quantized:
+        raise QuantizeError(f"{source.path} is quantized for onnxruntime: give the original checkpoint for Core ML")
+    default = "lut6" if profile == "ane" else "int4"
+    return coreml_plan(source.spec, quant or default, profile, block=block, overrides=overrides)
 
 
 def _plan(source: Checkpoint, quant: str | None, block: int | None, overrides: Sequence[str]) -> Plan:
@@ -286,10 +404,13 @@ class _Hashing:
         return self._f.tell()
 
 
+_File = tuple["BinaryIO | _Hashing", "onnx.Layout | coreml.Layout | None"]
+
+
 def _write_tensors(
     source: Checkpoint,
     plan: Plan,
-    files: Sequence[tuple["BinaryIO | _Hashing", onnx.Layout | None]],
+    files: Sequence[_File],
     progress: Progress | None,
 ) -> str:
     """Write every tensor, in blocks of rows, to its place or, without a layout, one after the other.
@@ -298,12 +419,19 @@ def _write_tensors(
     """
     digest, done, total = ModelId(), 0, source.spec.n_parameters
     for f, layout in files:
+        if isinstance(layout, coreml.Layout):
+            for name, rows in _write_package(f, source, plan, layout):
+                digest.update(name, source.tensors[name].shape, rows)
+                done += rows.size
+                if progress:
+                    progress(done, total)
+            continue
         for name in dict.fromkeys(name for name, _ in layout.places) if layout else source.tensors:
             t = source.tensors[name]
             scales: list[npt.NDArray[np.float32]] = []
             if layout:
                 _pad(f, layout.places[name, "data"].offset)
-            for rows, data, s in _encode(t, plan[name]):
+            for rows, data, s in _encode(t, plan[name], _encode_rows, 0, t.shape[0]):
                 f.write(data)
                 if s is not None:
                     scales.append(s)
@@ -327,34 +455,81 @@ def _pad(f: "BinaryIO | _Hashing", offset: int) -> None:
     f.write(bytes(offset - f.tell()))
 
 
-_Encoded = tuple[npt.NDArray[Any], memoryview, npt.NDArray[np.float32] | None]
+def _write_package(
+    f: "BinaryIO | _Hashing", source: Checkpoint, plan: Plan, layout: "coreml.Layout"
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Write a package's weights, record after record; gives the rows as the checkpoint has them."""
+    f.write(layout.head)
+    second: list[npt.NDArray[Any]] = []
+    for (name, (start, stop), what), place in layout.places.items():
+        _pad(f, place.offset - len(place.header))
+        f.write(place.header)
+        if not name:
+            f.write(bytes(place.nbytes))
+        elif what == "scales":  # follow their codes
+            for s in second:
+                f.write(s.data)
+        else:
+            second = []
+            for rows, data, s in _encode(source.tensors[name], plan[name], _encode_for_coreml, start, stop):
+                f.write(data)
+                if s is not None:
+                    second.append(s)
+                yield name, rows
+        assert f.tell() == place.offset + place.nbytes, (name, what)
 
 
-def _encode(t: Stored, recipe: Recipe) -> Iterator[_Encoded]:
-    """Read, round and pack a tensor in blocks of rows: all cores work, a few blocks are in memory."""
+_Encoded = tuple[npt.NDArray[Any], memoryview | bytes, npt.NDArray[Any] | None]
+_Encode = Callable[[Stored, Recipe, int, int], _Encoded]
+
+
+def _encode(t: Stored, recipe: Recipe, encode: _Encode, start: int, stop: int) -> Iterator[_Encoded]:
+    """Read, round and pack rows of a tensor, block after block: all cores work, a few blocks are in memory."""
+    per_table = recipe.rows or 1
+    n_rows = max(1, t.rows_per_read // per_table) * per_table
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pending: deque[Any] = deque()
-        for start in range(0, t.shape[0], t.rows_per_read):
-            pending.append(pool.submit(partial(_encode_rows, t, recipe, start)))
+        for at in range(start, stop, n_rows):
+            pending.append(pool.submit(partial(encode, t, recipe, at, min(at + n_rows, stop))))
             if len(pending) > 2 * (os.cpu_count() or 1):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
-def _encode_rows(t: Stored, recipe: Recipe, start: int) -> _Encoded:
-    rows = t.rows(start, min(start + t.rows_per_read, t.shape[0]))
+def _encode_for_coreml(t: Stored, recipe: Recipe, start: int, stop: int) -> _Encoded:
+    rows = t.rows(start, stop)
+    assert isinstance(rows, np.ndarray)
+    x = rows * np.float32(coreml.factor(t.name))
+    if recipe.rows is not None:
+        data, second = coreml.pack(kmeans(x, bits=recipe.bits, rows=recipe.rows))
+    elif recipe.block is not None:
+        data, second = coreml.pack(with_half_scales(x, rtn(x, bits=recipe.bits, block=recipe.block)))
+    else:
+        _half(t.name, x, "Core ML computes in float16: this model cannot be exported to it")
+        data, second = coreml.pack(x)
+    return rows, data, second
+
+
+def _encode_rows(t: Stored, recipe: Recipe, start: int, stop: int) -> _Encoded:
+    rows = t.rows(start, stop)
+    assert isinstance(rows, (np.ndarray, QTensor))
     if isinstance(rows, QTensor):
         return rows.codes, rows.pack().reshape(-1).data, rows.scales
     if recipe.block is not None:
         q = rtn(rows, bits=recipe.bits, block=recipe.block)
         return rows, q.pack().reshape(-1).data, q.scales
     if recipe.bits == 16:
-        if np.abs(rows).max() > np.finfo(np.float16).max:
-            raise QuantizeError(f"{t.name} holds {np.abs(rows).max():g}, beyond float16: use --override '{t.name}=32'")
-        half = rows.astype("<f2")
-        exact = rows.astype(np.float64)
-        if not np.square(half - exact).mean() <= 1e-6 * np.square(exact).mean():
-            raise QuantizeError(f"{t.name} is too small for float16, which keeps little of it: use --override '{t.name}=32'")
-        return rows, half.reshape(-1).view(np.uint8).data, None
+        return rows, _half(t.name, rows, f"use --override '{t.name}=32'").reshape(-1).view(np.uint8).data, None
     return rows, rows.reshape(-1).view(np.uint8).data, None
+
+
+def _half(name: str, x: npt.NDArray[Any], advice: str) -> npt.NDArray[np.float16]:
+    """Numbers as float16, if it can hold them."""
+    if np.abs(x).max() > np.finfo(np.float16).max:
+        raise QuantizeError(f"{name} holds {np.abs(x).max():g}, beyond float16: {advice}")
+    half = x.astype("<f2")
+    exact = x.astype(np.float64)
+    if not np.square(half - exact).mean() <= 1e-6 * np.square(exact).mean():
+        raise QuantizeError(f"{name} is too small for float16, which keeps little of it: {advice}")
+    return half

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CheckpointError, InputError, OutputError
-from .qtensor import BLOCKS, Array, Lut, QTensor, unpack_bits
+from .qtensor import BLOCKS, Array, Lut, QTensor, Recipe, unpack_bits
 from .spec import Shape
 
 # by safetensors' names; bfloat16 is read as its 16 bits and widened
@@ -166,6 +166,11 @@ class Stored:
             raise CheckpointError(f"{self.name} of shape {self.shape}: {self.bits} bits as {self.data.dtype} is not a known packing")
 
     @property
+    def recipe(self) -> Recipe:
+        half = self.data.dtype in ("I8", *CODES)
+        return Recipe(self.bits, self.block, self.method, rows=self.rows_per_table, half=half)
+
+    @property
     def nbytes(self) -> int:
         """Bytes in the file, scales included."""
         return self.data.nbytes + (self.scales.nbytes if self.scales else 0)
@@ -220,6 +225,10 @@ class Pieces:
     @property
     def name(self) -> str:
         return self.parts[0].name
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.parts[0].recipe
 
     @property
     def shape(self) -> Shape:

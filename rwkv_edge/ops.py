@@ -287,6 +287,24 @@ class Numpy:
         return np.concatenate([s[0] for s in sums], axis=1), np.concatenate([s[1] for s in sums], axis=1)
 
 
+class HalfConstants(Numpy):
+    """The same, with every number that stands in a model's formulas rounded to float16, as a graph in float16 has it."""
+
+    def sigmoid(self, x: Array) -> Array:
+        return super().sigmoid(x).view(_HalfConstants)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
+        return super().layer_norm(x, weight, bias, eps=float(np.float16(eps)))
+
+
+class _HalfConstants(np.ndarray[Any, Any]):
+    """An array whose products with plain numbers take them rounded to float16."""
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: Any, *inputs: Any, **options: Any) -> Any:
+        plain = [float(np.float16(x)) if isinstance(x, float) else np.asarray(x) for x in inputs]
+        return getattr(ufunc, method)(*plain, **options)
+
+
 def _between(T: int, *, inclusive: bool) -> npt.NDArray[np.bool_]:
     """Which tokens j decay what token s wrote until t reads it: s < j < t, or s < j <= t; (t, s, j)."""
     t, s, j = np.ogrid[:T, :T, :T]

@@ -6,22 +6,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .files import Stored
+from .files import Pieces, Stored
 from .models import model_of
-from .ops import Numpy
-from .qtensor import QTensor
+from .ops import HalfConstants, Numpy
+from .qtensor import Lut, QTensor
 from .spec import Spec
 
 Array = npt.NDArray[Any]
 
 
-class Weights(Mapping[str, Array | QTensor]):
+class Weights(Mapping[str, Array | QTensor | Lut]):
     """Weights by name, read when asked for and not kept: one tensor in memory at a time."""
 
-    def __init__(self, tensors: Mapping[str, Stored]) -> None:
+    def __init__(self, tensors: Mapping[str, Stored | Pieces]) -> None:
         self._tensors = tensors
 
-    def __getitem__(self, name: str) -> Array | QTensor:
+    def __getitem__(self, name: str) -> Array | QTensor | Lut:
         return self._tensors[name].read()
 
     def __iter__(self) -> Iterator[str]:
@@ -33,20 +33,22 @@ class Weights(Mapping[str, Array | QTensor]):
 
 def run_reference(
     spec: Spec,
-    weights: Mapping[str, Array | QTensor],
+    weights: Mapping[str, Array | QTensor | Lut],
     ids: list[int],
     state: Mapping[str, Array] | None = None,
     *,
     wkv_form: str = "step",
     dtype: npt.DTypeLike = np.float32,
+    half_constants: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
     """Run the step in numpy: the reference.
 
     state  `{layer}.{tensor}` in the shapes of the spec, wkv as [head, value, key]; None begins anew
+    half_constants  round the numbers in the formulas (eps, e^-.5) to float16, as Core ML's graphs have them
 
     Returns  logits (T, V) of every token, and the state after the last
     """
-    F = Numpy(spec.n_head, wkv_form, dtype)
+    F = (HalfConstants if half_constants else Numpy)(spec.n_head, wkv_form, dtype)
     key_first = wkv_form == "linear_attention"
 
     def turn(x: Array) -> Array:
