@@ -17,7 +17,6 @@ import numpy as np
 from .bundle import read_bundle
 from .errors import BackendError, InputError, RwkvEdgeError
 from .runtime import open_bundle
-from .runtime.session import Loop
 
 MIN_SHARE = 0.9  # of the processors' time: with less, others disturbed the repetition
 PATIENCE = 5  # times the repetitions asked for: then disturbed ones are taken
@@ -128,7 +127,7 @@ def _measure(path: str, threads: int | None, n_prefill: int, n_decode: int, repe
     next(model.generate([int(t) for t in prompt], max_tokens=1))
     first_token_s = time.perf_counter() - start
     anonymous = [memory()[1]]
-    loop = Loop(model)
+    loop = model.loop()
 
     def read() -> None:
         loop.load(None)

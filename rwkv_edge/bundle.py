@@ -159,32 +159,39 @@ _MANIFEST: Any = {
     "spec": {"version": str} | dict.fromkeys(("n_layer", "n_embd", "n_head", "head_size", "n_ffn", "n_vocab"), _SIZE),
     "state": [{"name": str, "shape": [_SIZE], "dtype": {"float32"}, "first": float}],
     "graphs": [
-        (_COREML_GRAPH, _COREML_GRAPH | {"packed": _PACKED}, {
-            "file": str,
-            "role": {"run", "exact"},
-            "target": {"onnx"},
-            "profile": {"cpu"},
-            "wkv": str,
-            "T": _SIZE,
-            "arithmetic": {"exact", "int8 activations"},
-            "inputs": [(_VALUE, _VALUE | {"layout": {"key,value", "value,key"}})],
-            "outputs": [(_VALUE, _VALUE | {"layout": {"key,value", "value,key"}})],
-            "needs": {"onnxruntime": re.compile(r"\d+\.\d+\.\d+")},
-        })
+        (
+            _COREML_GRAPH,
+            _COREML_GRAPH | {"packed": _PACKED},
+            {
+                "file": str,
+                "role": {"run", "exact"},
+                "target": {"onnx"},
+                "profile": {"cpu"},
+                "wkv": str,
+                "T": _SIZE,
+                "arithmetic": {"exact", "int8 activations"},
+                "inputs": [(_VALUE, _VALUE | {"layout": {"key,value", "value,key"}})],
+                "outputs": [(_VALUE, _VALUE | {"layout": {"key,value", "value,key"}})],
+                "needs": {"onnxruntime": re.compile(r"\d+\.\d+\.\d+")},
+            },
+        )
     ],
     "tensors": {
-        ...: ([_COREML_TENSOR], {
-            "file": str,
-            "offset": _PLACE,
-            "bytes": _PLACE,
-            "dtype": {"F32", "F16", "U8"},
-            "shape": [_SIZE],
-            "kind": {"embedding", "head", "matrix", "low_rank", "table", "vector"},
-            "bits": {4, 8, 16, 32},
-            "block": (None, set(BLOCKS)),
-            "scales": (None, {"offset": _PLACE, "bytes": _PLACE}),
-            "method": {None, "rtn"},
-        })
+        ...: (
+            [_COREML_TENSOR],
+            {
+                "file": str,
+                "offset": _PLACE,
+                "bytes": _PLACE,
+                "dtype": {"F32", "F16", "U8"},
+                "shape": [_SIZE],
+                "kind": {"embedding", "head", "matrix", "low_rank", "table", "vector"},
+                "bits": {4, 8, 16, 32},
+                "block": (None, set(BLOCKS)),
+                "scales": (None, {"offset": _PLACE, "bytes": _PLACE}),
+                "method": {None, "rtn"},
+            },
+        )
     },
     "files": {...: {"bytes": _PLACE, "sha256": _SHA}},
     "initial_state": (None, str),
@@ -407,9 +414,7 @@ def _stored_for_coreml(path: Path, files: Mapping[str, Any], name: str, t: Mappi
     data = Record(file, t["offset"], t["dtype"], shape, packing=packing, factor=1.0 if coded else factor)
     second = (shape[0] // rows, 2**bits) if rows else (shape[0], shape[1] // block) if block else ()
     scales = Record(file, t["scales"]["offset"], "F16", second, factor=factor) if coded else None
-    stored = Stored(
-        name, shape, data, bits=bits, block=block, scales=scales, method=t["method"], rows_per_table=rows
-    )
+    stored = Stored(name, shape, data, bits=bits, block=block, scales=scales, method=t["method"], rows_per_table=rows)
     return _inside(path, files, t, stored)
 
 

@@ -18,6 +18,7 @@ from .errors import BackendError, CheckFailed, CheckpointError, InputError
 from .reference import Weights, run_reference
 from .runtime import Model, Sampling
 from .runtime.sampling import log_softmax, sample
+from .runtime.session import Loop as OnnxLoop
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -31,6 +32,11 @@ STATE_RATIO, STATE_FLOOR = 16.0, 1e-3
 # apart. This limit sees a broken kernel. It cannot see a small fault of the graph: so the graph must also be the exact
 # one, byte for byte, but for the accuracy level.
 INT8_RMS_LIMIT = 0.5
+# Our interpreter computes a Core ML package in float64, the reference the same formulas with the same constants: measured
+# 1e-14 to 1e-12. One wrong bit of a weight shows as 1e-6 or more.
+COREML_EXACT = 1e-10
+# In float16 a sound graph gives 1e-6 to 1e-3 nats; this limit only sees a model that float16 cannot hold.
+COREML_NATIVE_KL = 0.1
 
 MAX_TOKENS = 65536  # the reference keeps the logits of all of them
 
@@ -134,8 +140,9 @@ def check(
     if source and source.quantized:
         raise CheckpointError(f"{against} is quantized itself: give the original checkpoint to measure the cost")
     source = with_lora(source, lora) if source else None
-    roles = [str(g["role"]) for g in b.manifest["graphs"]]
-    total, done = 2 + 2 * len(roles) + (2 if source else 0), 0
+    interpreted = [(a, role) for a in ("exact", "native") for role in ("decode", "prefill")]
+    roles = interpreted if b.target == "coreml" else [str(g["role"]) for g in b.manifest["graphs"]]
+    total, done = 2 + (1 if b.target == "coreml" else 2) * len(roles) + (2 if source else 0), 0
 
     def step() -> None:
         nonlocal done
@@ -148,9 +155,10 @@ def check(
         if found != b.model_id:
             raise CheckpointError(f"{against} is another model ({found[:12]}) than {bundle} was made from ({b.model_id[:12]})")
         step()
-    model = Model(b, threads=threads)
+    coreml = b.target == "coreml"
+    model = Model(b, interpret="native") if coreml else Model(b, threads=threads)
     ids, first = _sample(model, n_tokens), model.first.tensors if model.first else None
-    reference, state = run_reference(b.spec, Weights(b.tensors), ids, first, dtype=np.float64)
+    reference, state = run_reference(b.spec, Weights(b.tensors), ids, first, dtype=np.float64, half_constants=coreml)
     step()
     single, single_state = run_reference(b.spec, Weights(b.tensors), ids, first)
     rounding, state_rounding = difference(single, reference), _state_apart(single_state, state)
@@ -162,8 +170,13 @@ def check(
         original, _ = run_reference(source.spec, Weights(source.tensors), ids, first, dtype=np.float64)
         step()
 
+    if coreml:
+        rows = [_interpreted(b, *how, ids, reference, state, original, step) for how in interpreted]
+        weights = difference(reference, original) if original is not None else None
+        limits = {"exact_max": COREML_EXACT, "exact_state": COREML_EXACT, "native_kl": COREML_NATIVE_KL}
+        return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, weights)
     rows = []
-    for role in roles:
+    for role in map(str, roles):
         model, graph = Model(b, threads=threads, role=role), b.graph(role)
         exact = graph["arithmetic"] == "exact"
         for size in dict.fromkeys((1, min(graph["T"], n_tokens))):
@@ -192,6 +205,41 @@ def check(
     weights = difference(reference, original) if original is not None else None
     limits = {"exact_max": limit, "exact_state": state_limit, "int8_rms": INT8_RMS_LIMIT}
     return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, weights)
+
+
+def _interpreted(
+    b: Bundle,
+    arithmetic: str,
+    role: str,
+    ids: list[int],
+    reference: Array,
+    state: Mapping[str, Array],
+    original: Array | None,
+    step: Callable[[], None],
+) -> Row:
+    """What the packages of a Core ML bundle compute, by their own files."""
+    model = Model(b, interpret=arithmetic)
+    graphs = [g for g in b.manifest["graphs"] if g["role"] == role]
+    size = min(graphs[0]["T"], len(ids))
+    loop, logits, at = model.loop(), [], []
+    for i in range(0, len(ids), size):
+        part = np.array(ids[i : i + size])
+        logits.append(loop.read(part)[0].copy())
+        at.append(i + len(part) - 1)
+    assert not isinstance(loop, OnnxLoop)
+    own, apart = difference(np.stack(logits), reference[at]), _state_apart(loop.tensors(), state)
+    fault, fed = "", f"{size} at a time"
+    if arithmetic == "exact" and not (own.max_abs <= COREML_EXACT and apart <= COREML_EXACT):
+        fault = (
+            f"reading {fed}, logits differ by {own.max_abs:.2g} of their deviation and the state by {apart:.2g} of its "
+            f"(allowed {COREML_EXACT:.0e})"
+        )
+    elif arithmetic == "native" and not own.kl <= COREML_NATIVE_KL:
+        fault = f"reading {fed}, float16 gives logits of KL {own.kl:.2g} (allowed {COREML_NATIVE_KL})"
+    cost = difference(np.stack(logits), original[at]) if original is not None else None
+    step()
+    name = graphs[0]["file"] if len(graphs) == 1 else f"{len(graphs)} parts"
+    return Row(f"{name} {role}", arithmetic, fed, own, apart, cost, fault)
 
 
 def _is_exact_but_for_accuracy(bundle: Bundle) -> bool:

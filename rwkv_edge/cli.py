@@ -99,12 +99,13 @@ bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 bundles_argument = click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 
 
-def quant_options(default: str | None) -> Callable[[Any], Any]:
+def quant_options(default: str | None, *extra: str) -> Callable[[Any], Any]:
     """--quant, --block and --override."""
 
     def decorate(command: Any) -> Any:
-        quants = click.Choice(["none", "fp16", "int8", "int4"])
-        blocks = click.Choice(["16", "32", "64", "128", "256"])
+        # tables and their smaller groups are of Core ML, and so of `export` alone
+        quants = click.Choice(["none", "fp16", "int8", "int4", *extra])
+        blocks = click.Choice([*(["1", "2", "4", "8"] if extra else []), "16", "32", "64", "128", "256"])
         text = "Width of the weights." + ("" if default else "  [default: int4, or what the file has]")
         for option in (
             click.option("--override", "overrides", multiple=True, metavar="NAME=BITS[:BLOCK]", help=_OVERRIDE),
@@ -230,7 +231,18 @@ def quantize(
 @cli.command()
 @checkpoint_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: CHECKPOINT-QUANT]")
-@quant_options(None)
+@click.option("--target", type=click.Choice(["onnx", "coreml"]), default="onnx", help="What will run it.")
+@click.option(
+    "--profile",
+    type=click.Choice(["ane", "gpu"]),
+    help="With coreml: for the Neural Engine, or for the GPU.  [default: ane]",
+)
+@click.option(
+    "--coreml-state",
+    type=click.Choice(["explicit", "packed"]),
+    help="With coreml: the state goes in and out, or Core ML keeps it as one tensor.  [default: explicit]",
+)
+@quant_options(None, "lut4", "lut6")
 @lora_option
 @click.option(
     "--initial-state",
@@ -240,9 +252,8 @@ def quantize(
 @click.option(
     "--wkv",
     type=click.Choice(["attention", "plain", "step"]),
-    default="attention",
-    help="How the recurrence is computed: by onnxruntime's own operator, the fastest; by plain operations; "
-    "or by plain operations that take one token a call.",
+    help="With onnx, how the recurrence is computed: by onnxruntime's own operator, the fastest; by plain operations; "
+    "or by plain operations that take one token a call.  [default: attention]",
 )
 @click.option(
     "--tokenizer",
@@ -259,12 +270,15 @@ def quantize(
 def export(
     checkpoint: Path,
     output: Path | None,
+    target: str,
+    profile: str | None,
+    coreml_state: str | None,
     quant: str | None,
     block: int | None,
     overrides: tuple[str, ...],
     lora: str | None,
     initial_state: Path | None,
-    wkv: str,
+    wkv: str | None,
     tokenizer: Path | None,
     template: str | None,
     force: bool,
@@ -278,14 +292,17 @@ def export(
     rwkv-edge export model-int4.safetensors
     rwkv-edge export model.pth --lora poems.pth:32 -o poems-int4
     rwkv-edge export model.pth --initial-state poet.pth -o poet-int4
+    rwkv-edge export model.pth --target coreml --profile ane --quant lut4
     """
     from .convert import export as write
 
+    if target == "coreml":
+        output = output or _beside(checkpoint, f"-{profile or 'ane'}-{quant or ('int4' if profile == 'gpu' else 'lut6')}")
     output = output or _beside(checkpoint, f"-{quant}" if quant else None)
     options: dict[str, Any] = dict(
         quant=quant, block=block, overrides=overrides, force=force, wkv=wkv, tokenizer=tokenizer, template=template
     )
-    options |= dict(lora=lora, initial_state=initial_state)
+    options |= dict(lora=lora, initial_state=initial_state, target=target, profile=profile, coreml_state=coreml_state)
     _write("exporting", quiet, functools.partial(write, checkpoint, output, **options))
 
 
@@ -347,6 +364,7 @@ def check(
 @load_state_option
 @click.option("--save-state", type=click.Path(path_type=Path), help="Write, or replace, a state file at the end.")
 @threads_option
+@click.option("--interpret", is_flag=True, help="Compute a Core ML bundle in numpy: slowly, but anywhere.")
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for every prompt.")
 @quiet_option
 def run(
@@ -362,6 +380,7 @@ def run(
     load_state: Path | None,
     save_state: Path | None,
     threads: int | None,
+    interpret: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -386,7 +405,7 @@ def run(
         raise InputError("--save-state goes with one prompt: each has a state of its own")
     if save_state:
         refuse_output(save_state)  # before the work, not after it
-    model, load_s = _open(bundle, threads)
+    model, load_s = _open(bundle, threads, interpret)
     state = model.load_state(load_state) if load_state else None
     settings = _by_id(model, settings)
     reads = [model.check_tokens(_ids(text) if ids else model.encode(text), after=state).tolist() for text in texts]
@@ -659,12 +678,12 @@ def _beside(checkpoint: Path, suffix: str | None) -> Path:
     return checkpoint.with_name(name + (suffix or ("" if quantized else "-int4")))
 
 
-def _open(bundle: Path, threads: int | None) -> tuple[Any, float]:
+def _open(bundle: Path, threads: int | None, interpret: bool = False) -> tuple[Any, float]:
     """An open model, and the seconds it took."""
     from .runtime import open_bundle
 
     start = time.perf_counter()
-    model = open_bundle(bundle, threads=threads)
+    model = open_bundle(bundle, threads=threads, interpret="native" if interpret else None)
     return model, time.perf_counter() - start
 
 

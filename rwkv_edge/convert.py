@@ -252,9 +252,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def _refuse(
-    target: str, wkv: str | None, profile: str | None, coreml_state: str | None, part_bytes: int | None
-) -> None:
+def _refuse(target: str, wkv: str | None, profile: str | None, coreml_state: str | None, part_bytes: int | None) -> None:
     """Refuse options that are unknown, or of the other target."""
     known: dict[str, tuple[object, Sequence[str]]] = {
         "target": (target, ("onnx", "coreml")),
@@ -330,16 +328,12 @@ def _coreml_entries(
         if (second := layout.places.get((name, (start, stop), "scales"))) is not None:
             n = shape[0] // r.rows if r.rows else shape[0]
             scales = Record(folder / file, second.offset, "F16", (n, second.nbytes // 2 // n))
-        stored = Stored(
-            name, shape, data, bits=r.bits, block=r.block, scales=scales, method=r.method, rows_per_table=r.rows
-        )
+        stored = Stored(name, shape, data, bits=r.bits, block=r.block, scales=scales, method=r.method, rows_per_table=r.rows)
         entry = coreml_tensor_entry(stored, file, w.kind, 1 / coreml.factor(name))
         tensors.setdefault(name, []).append(entry)
 
 
-def _coreml_plan(
-    source: Checkpoint, quant: str | None, profile: str, block: int | None, overrides: Sequence[str]
-) -> Plan:
+def _coreml_plan(source: Checkpoint, quant: str | None, profile: str, block: int | None, overrides: Sequence[str]) -> Plan:
     if source.quantized:
         raise QuantizeError(f"{source.path} is quantized for onnxruntime: give the original checkpoint for Core ML")
     default = "lut6" if profile == "ane" else "int4"

@@ -163,7 +163,9 @@ class Stored:
         else:
             fits, second = bool(self.block) and n_in % (self.block or 1) == 0, (n_out, n_in // (self.block or 1))
         if not n_out or not fits or self.scales is None or self.data.dtype != dtype or self.scales.shape != second:
-            raise CheckpointError(f"{self.name} of shape {self.shape}: {self.bits} bits as {self.data.dtype} is not a known packing")
+            raise CheckpointError(
+                f"{self.name} of shape {self.shape}: {self.bits} bits as {self.data.dtype} is not a known packing"
+            )
 
     @property
     def recipe(self) -> Recipe:
@@ -189,9 +191,7 @@ class Stored:
             whole = Lut(self.data.rows(0, self.shape[0]), tables, self.bits, self.rows_per_table)
             return whole if (start, stop) == (0, self.shape[0]) else whole.take(np.arange(start, stop))
         if self.data.dtype in ("I8", "I4") and self.block is not None and self.scales is not None:
-            return QTensor(
-                self.data.rows(start, stop), self.scales.rows(start, stop).astype(np.float32), self.bits, self.block
-            )
+            return QTensor(self.data.rows(start, stop), self.scales.rows(start, stop).astype(np.float32), self.bits, self.block)
         if self.block is not None and self.scales is not None:
             packed, scales = self.data.rows(start, stop), self.scales.rows(start, stop)
             if not np.isfinite(scales).all():

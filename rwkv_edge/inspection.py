@@ -8,9 +8,9 @@ from typing import Any
 
 from .bundle import MANIFEST, read_bundle
 from .checkpoints import open_checkpoint
-from .errors import QuantizeError
+from .errors import InputError, QuantizeError
 from .forecast import Forecast, bandwidth, forecast
-from .qtensor import Plan, Recipe
+from .qtensor import Plan
 from .quantize import plan
 from .spec import Shape
 from .tokenizer import tokenizer_beside
@@ -86,11 +86,14 @@ def inspect(
     about: dict[str, Any] = {}
     if (Path(path) / MANIFEST).exists():
         bundle = read_bundle(path, verify=False)
-        graphs = ", ".join(f"{g['file']} ({g['wkv']}, {g['arithmetic']})" for g in bundle.manifest["graphs"])
+        graphs = ", ".join(f"{g['file']} ({g.get('function', g['wkv'])}, {g['arithmetic']})" for g in bundle.manifest["graphs"])
         what, column, spec, stored = f"bundle: {graphs}", "stored as", bundle.spec, bundle.tensors
-        sizes = {file.name: file.stat().st_size for file in bundle.path.iterdir()}
+        sizes = {name: f["bytes"] for name, f in bundle.manifest["files"].items()}
+        sizes[MANIFEST] = (bundle.path / MANIFEST).stat().st_size
         tokenizer = bundle.manifest["tokenizer"]
-        about |= {"wkv": bundle.graph("run")["wkv"], "nbytes": sum(sizes.values())}
+        if bundle.target == "coreml" and memory is not None:
+            raise InputError(f"{path} is for Core ML, whose memory cannot be told from here: --fits is for onnxruntime")
+        about |= {"wkv": bundle.manifest["graphs"][0]["wkv"], "nbytes": sum(sizes.values())}
         about |= {"tokenizer_bytes": sizes[tokenizer["file"]] if tokenizer else 0}
     else:
         checkpoint = open_checkpoint(path)
@@ -102,8 +105,8 @@ def inspect(
     if column == "stored as":
         if quant or block or overrides:
             raise QuantizeError(f"{path} is stored as it is: --quant, --block and --override are for checkpoints")
-        recipes: Plan = {name: Recipe(t.bits, t.block, t.method) for name, t in stored.items()}
-        plans = {"as stored": recipes}
+        recipes: Plan = {name: t.recipe for name, t in stored.items()}
+        plans = {"as stored": recipes} if "wkv" not in about or bundle.target == "onnx" else {}
     else:
         recipes = plan(spec, quant or "int4", block=block, overrides=overrides)
         asked = [(quant or "int4", block)] if quant or block or overrides else RECIPES
@@ -112,7 +115,7 @@ def inspect(
         TensorRow(name, 1, w.shape, w.kind, str(recipes[name]), recipes[name].nbytes(w.shape))
         for name, w in spec.weights.items()
     )
-    rate = bandwidth()
+    rate = bandwidth() if plans else {}
     forecasts = tuple(forecast(spec, p, recipe=name, bandwidth=rate, memory=memory, **about) for name, p in plans.items())
     nbytes = sum(r.nbytes for r in rows)
     return Inspection(what, column, spec.sizes, spec.n_parameters, spec.state_bytes, rows, nbytes, forecasts, rate)

@@ -343,7 +343,10 @@ class Interpreter:
             results, kept = (self.package.value(op.attributes["val"]),), True
         elif op.type in _CONSTEXPR:
             arguments = {k: self.package.value(v.arguments[0].value) for k, v in op.inputs.items()}
-            wide = {k: x.astype(np.float64 if self.exact else np.float32) if k in ("lut", "scale") else x for k, x in arguments.items()}
+            wide = {
+                k: x.astype(np.float64 if self.exact else np.float32) if k in ("lut", "scale") else x
+                for k, x in arguments.items()
+            }
             results, kept = (_CONSTEXPR[op.type](**wide),), True
         elif op.type == "cast":
             results, kept = (self._argument(op, "x", env),), False

@@ -79,7 +79,8 @@ def print_inspection(path: object, found: Any, tensors: bool) -> None:
     sizes = "  ".join(f"{name} {value:,}" for name, value in spec.items() if name != "version")
     click.echo(f"{found.n_parameters:,} parameters  {sizes}")
     click.echo(f"state {size(found.state_bytes)}\n")
-    _print_forecasts(found)
+    if found.forecasts:
+        _print_forecasts(found)
     rows = found.rows if tensors else found.grouped
     cells = [(r.name, str(r.n), "x".join(map(str, r.shape)), r.recipe, size(r.nbytes)) for r in rows]
     table(("tensor", "n", "shape", found.column, "size"), cells)
@@ -136,8 +137,13 @@ def print_report(report: Any) -> None:
     allowed = report.limits
     click.echo(
         "max, rms: of the logits, in their deviations; KL: nats a token; state: at most, in its own deviations.\n"
-        f"Allowed: exact graphs {allowed['exact_max']:.1e} max, {allowed['exact_state']:.1e} state; with int8 activations "
-        f"{allowed['int8_rms']} rms,\nand the graph must be the exact one but for the rounding of activations."
+        + (
+            f"Allowed: exact graphs {allowed['exact_max']:.1e} max, {allowed['exact_state']:.1e} state; with int8 activations "
+            f"{allowed['int8_rms']} rms,\nand the graph must be the exact one but for the rounding of activations."
+            if "int8_rms" in allowed
+            else f"Allowed: in float64 {allowed['exact_max']:.0e}; in float16, as the packages say, KL {allowed['native_kl']}.\n"
+            "Computed from the packages' own files by our interpreter: what Core ML does with them, only a Mac shows."
+        )
     )
     verdict = "computes its own weights" if report.ok else "does NOT compute its own weights"
     click.echo(f"The bundle {verdict}.")

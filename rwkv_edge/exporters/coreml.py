@@ -175,9 +175,7 @@ class Mil:
 
     # --- recording ---
 
-    def op(
-        self, op: str, shape: Shape, form: str = "tokens", /, *, sign: int = 0, dtype: str = "fp16", **inputs: Any
-    ) -> Value:
+    def op(self, op: str, shape: Shape, form: str = "tokens", /, *, sign: int = 0, dtype: str = "fp16", **inputs: Any) -> Value:
         return self.op_n(op, (shape,), form, sign=sign, dtype=dtype, **inputs)[0]
 
     def op_n(
@@ -609,7 +607,9 @@ class _Weights(Mapping[str, Parameter]):
         self.marks: dict[int, int] = {}
 
     def __getitem__(self, name: str) -> Parameter:
-        place = self._spec.n_layer if name == "ln_out.weight" else int(name.split(".")[1]) if name.endswith(".ln1.weight") else 0
+        place = (
+            self._spec.n_layer if name == "ln_out.weight" else int(name.split(".")[1]) if name.endswith(".ln1.weight") else 0
+        )
         if place:
             self.marks.setdefault(place, len(self._f.ops))
         return Parameter(name, self._spec.weights[name].shape, self._plan[name])
@@ -699,9 +699,7 @@ def starts(spec: Spec, plan: Plan, profile: str, part_bytes: int | None = None) 
     return found
 
 
-def trace(
-    spec: Spec, plan: Plan, *, profile: str, state: str, part_bytes: int | None = None
-) -> list[Package]:
+def trace(spec: Spec, plan: Plan, *, profile: str, state: str, part_bytes: int | None = None) -> list[Package]:
     """Record one step of a model as the two functions of one package, or of several, layer after layer.
 
     state       "explicit": every state tensor goes in and comes out; "packed": Core ML keeps one tensor
@@ -716,9 +714,7 @@ def trace(
     except BackendError as e:
         raise ExportError(str(e)) from e
     begins = starts(spec, plan, profile, part_bytes)
-    parts = [
-        _record(spec, plan, profile, state == "packed", T, begins) for T in FUNCTIONS.values()
-    ]
+    parts = [_record(spec, plan, profile, state == "packed", T, begins) for T in FUNCTIONS.values()]
     packages = []
     for i, first in enumerate(begins):
         package = Package("model.mlpackage" if len(begins) == 1 else f"part-{i + 1}.mlpackage", Layout())
@@ -816,7 +812,9 @@ def _record(spec: Spec, plan: Plan, profile: str, packed: bool, T: int, begins: 
                 ("state", tuple(packing(spec, first, last)["shape"])) if packed and mine else None,
             )
         )
-        carried |= {inner: outer.removesuffix("_out") for outer, inner in outputs.items() if outer in ("hidden_out", "v_first_out")}
+        carried |= {
+            inner: outer.removesuffix("_out") for outer, inner in outputs.items() if outer in ("hidden_out", "v_first_out")
+        }
     return functions
 
 
@@ -911,7 +909,9 @@ class _Writer:
         if b.what != "whole" or not (r.rows or r.block):
             dtype = "fp16" if b.what == "scales" else code_dtype(r)
             op = self._add("const", name, [(name, dtype, b.shape)])
-            self._file(op.attributes["val"], dtype, b.shape, self.layout.place(b, "scales" if b.what == "scales" else "data", n_in))
+            self._file(
+                op.attributes["val"], dtype, b.shape, self.layout.place(b, "scales" if b.what == "scales" else "data", n_in)
+            )
             return name
         trailing = (1,) * (len(b.shape) - 2)
         n = b.rows[1] - b.rows[0]

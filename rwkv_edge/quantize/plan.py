@@ -75,7 +75,9 @@ COREML_QUANTS = {"ane": ("fp16", "int8", "lut4", "lut6"), "gpu": ("fp16", "int8"
 _ROWS = 16  # that share a table
 
 
-def coreml_plan(spec: Spec, quant: str, profile: str, *, block: int | None = None, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
+def coreml_plan(
+    spec: Spec, quant: str, profile: str, *, block: int | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Recipe]:
     """Decide the recipe of every tensor of a Core ML bundle.
 
     quant      "fp16"; "int8", a scale for every row; "lut4" or "lut6", tables for groups of rows; in profile gpu also "int4"
@@ -111,7 +113,9 @@ def coreml_plan(spec: Spec, quant: str, profile: str, *, block: int | None = Non
         if not names:
             raise QuantizeError(f"override {override!r} matches no matrix: inspect lists their names")
         chosen |= dict.fromkeys(names, how[bits])
-    return {name: _coreml_recipe(name, spec.weights[name].shape, spec.weights[name].kind, q, block) for name, q in chosen.items()}
+    return {
+        name: _coreml_recipe(name, spec.weights[name].shape, spec.weights[name].kind, q, block) for name, q in chosen.items()
+    }
 
 
 def _coreml_recipe(name: str, shape: Shape, kind: Kind, quant: str, block: int | None) -> Recipe:

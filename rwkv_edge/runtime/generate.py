@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import InputError
 from .sampling import Array, Occurrences, Sampling, adjust, log_normalizer, most_likely, sample
-from .session import Loop, Tokens
+from .session import Tokens
 from .state import State
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Generation:
         self._said = Occurrences(model.spec.n_vocab)
         self._given: deque[int] = deque(maxlen=None if logits else 1)  # tokens, but for the end of text
         self._n_given = 0  # the state has the last of them once it is asked for
-        self._loop = Loop(model)
+        self._loop = model.loop()
         self._loop.load(state)
         self._first, self._n_first = state, self._loop.n_tokens + len(prompt)
         self._text = _Text(model, prompt, stop)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ..bundle import Bundle, read_bundle
 from ..errors import BackendError, InputError, StateError
 from ..tokenizer import open_tokenizer
+from . import coreml
 from .sampling import Sampling, Settings, changed
 from .state import State, load_state
 from .tables import Tables
@@ -23,7 +24,13 @@ Tokens = npt.NDArray[np.int64]
 
 
 def open_bundle(
-    path: str | Path, *, threads: int | None = None, spin: bool = True, verify: bool = True, role: str = "run"
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    spin: bool = True,
+    verify: bool = True,
+    role: str = "run",
+    interpret: str | None = None,
 ) -> "Model":
     """Open a bundle to run it.
 
@@ -32,13 +39,16 @@ def open_bundle(
     verify   compare every file's sha256 with the manifest (1.7 GB a second); leave out for your own installation
     role     which of the bundle's graphs: "run", or "exact" where it has one
 
-    Raises  BundleError if the bundle is damaged, BackendError if onnxruntime cannot run it.
+    interpret  of a Core ML bundle: compute its packages in numpy, slowly, anywhere; "native" rounds to float16 as they
+               say, "exact" computes in float64. None: Core ML itself, on macOS
+
+    Raises  BundleError if the bundle is damaged, BackendError if onnxruntime or Core ML cannot run it.
     """
-    return Model(read_bundle(path, verify=verify), threads=threads, spin=spin, role=role)
+    return Model(read_bundle(path, verify=verify), threads=threads, spin=spin, role=role, interpret=interpret)
 
 
 class Model:
-    """A bundle's graph in an onnxruntime session.  States may be shared between threads, and so may a model.
+    """A bundle's graph in an onnxruntime session, or in Core ML.  States may be shared between threads, and so may a model.
 
     bundle       manifest, spec and tensors
     tokenizer    of the bundle; None where it has none
@@ -47,7 +57,15 @@ class Model:
     first        the state that every text begins from, where the bundle has one; None is zeros
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, spin: bool = True, role: str = "run") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        spin: bool = True,
+        role: str = "run",
+        interpret: str | None = None,
+    ) -> None:
         self.bundle = bundle
         self.spec = bundle.spec
         about = bundle.manifest["tokenizer"]
@@ -56,13 +74,40 @@ class Model:
         self.sampling = Sampling(**bundle.manifest["sampling"])
         first = bundle.manifest["initial_state"]
         self.first: State | None = self.load_state(bundle.path / first) if first else None
-        self._graph = bundle.graph(role)
-        self._session = _session(bundle.path / self._graph["file"], self._graph["needs"], threads, spin)
         self._lock = threading.Lock()
-        self._loop = Loop(self)
+        self._parts: dict[str, list[coreml.Part]] | None = None
+        if bundle.target == "coreml":
+            self._parts = coreml.open_parts(bundle, interpret)
+        elif interpret is not None:
+            raise InputError(f"{bundle.path} is no Core ML bundle: onnxruntime runs it, and nothing is interpreted")
+        else:
+            self._graph = bundle.graph(role)
+            self._session = _session(bundle.path / self._graph["file"], self._graph["needs"], threads, spin)
+        self._loop = self.loop()
 
     def __repr__(self) -> str:
         return f"Model({str(self.bundle.path)!r}, RWKV-{self.spec.version}, {self.spec.n_parameters:,} parameters)"
+
+    def loop(self) -> "Loop | coreml.Loop":
+        """State buffers of their own, and the step that loops over them."""
+        return coreml.Loop(self, self._parts) if self._parts else Loop(self)
+
+    def check_state(self, state: State | None) -> State | None:
+        """Give a state to begin from: the model's first one if there is none.
+
+        Raises  InputError, StateError if it is no state of this model.
+        """
+        state = self.first if state is None else state
+        if state is not None and not isinstance(state, State):
+            raise InputError(f"the state is a {type(state).__name__}: give the State that feed, generate or load_state gave")
+        if state is not None and state.model_id != self.bundle.model_id:
+            raise StateError(
+                f"the state belongs to another model ({state.model_id[:12]}), not to this one ({self.bundle.model_id[:12]})"
+            )
+        shapes = {name: t.shape for name, t in self.spec.state_tensors.items()}
+        if state is not None and {n: x.shape for n, x in state.tensors.items()} != shapes:
+            raise StateError("the state's tensors are not those of this model")
+        return state
 
     def feed(self, tokens: Sequence[int] | Tokens, state: State | None = None, *, every: bool = False) -> tuple[Array, State]:
         """Read tokens on top of a state, or from the start.
@@ -219,17 +264,7 @@ class Loop:
 
     def load(self, state: State | None) -> None:
         """Begin from a state, or from the model's first one."""
-        state = self._model.first if state is None else state
-        if state is not None and not isinstance(state, State):
-            raise InputError(f"the state is a {type(state).__name__}: give the State that feed, generate or load_state gave")
-        if state is not None and state.model_id != self._model.bundle.model_id:
-            raise StateError(
-                f"the state belongs to another model ({state.model_id[:12]}), not to this one "
-                f"({self._model.bundle.model_id[:12]})"
-            )
-        shapes = {name: t.shape for name, t in self._spec.state_tensors.items()}
-        if state is not None and {n: x.shape for n, x in state.tensors.items()} != shapes:
-            raise StateError("the state's tensors are not those of this model")
+        state = self._model.check_state(state)
         if state is not None and state.logits is not None:
             self.logits = state.logits.copy()
         self.n_tokens = 0 if state is None else state.n_tokens

@@ -1,0 +1,212 @@
+"""A Core ML bundle that runs: by Core ML on macOS, by our interpreter anywhere.
+
+What predicts through coremltools has not yet been run on a Mac.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import mil
+from ..bundle import Bundle
+from ..errors import BackendError
+from .state import State
+from .tables import Tables
+
+if TYPE_CHECKING:
+    from .session import Model, Tokens
+
+Array = npt.NDArray[Any]
+_F16_MAX = 65504.0
+
+
+class Interpreted:
+    """A function of a package in numpy, and the state that Core ML would keep for it."""
+
+    def __init__(self, package: mil.Package, function: str, arithmetic: str) -> None:
+        self._f = mil.Interpreter(package, function, arithmetic)
+        self._dtype = np.float64 if arithmetic == "exact" else np.float32
+
+    def __call__(self, inputs: Mapping[str, Array], kept: Any) -> dict[str, Array]:
+        return self._f(inputs, kept)
+
+    def keep(self) -> Any:
+        return np.zeros(self._f.state[1], self._dtype) if self._f.state else None
+
+    def put(self, kept: Any, x: Array) -> None:
+        kept[...] = x
+
+    def get(self, kept: Any) -> Array:
+        return np.array(kept)
+
+
+class Predicted:
+    """The same by Core ML."""
+
+    def __init__(self, package: Any, function: str) -> None:
+        try:
+            with mil.quiet():
+                import coremltools
+            self._model = coremltools.models.MLModel(str(package), function_name=function)
+        except ImportError as e:
+            raise BackendError(f"Core ML needs coremltools ({e}): pip install 'rwkv-edge[coreml]'") from e
+        except Exception as e:  # Core ML's errors are of several unrelated classes
+            raise BackendError(f"Core ML cannot load {package}: {e}") from e
+
+    def __call__(self, inputs: Mapping[str, Array], kept: Any) -> dict[str, Array]:
+        given = {name: x if x.dtype == np.int32 else x.astype(np.float16) for name, x in inputs.items()}
+        try:
+            found: dict[str, Array] = self._model.predict(given, state=kept) if kept is not None else self._model.predict(given)
+        except Exception as e:
+            raise BackendError(f"Core ML failed: {e}") from e
+        return found
+
+    def keep(self) -> Any:
+        return self._model.make_state()
+
+    def put(self, kept: Any, x: Array) -> None:
+        kept.write_state("state", x.astype(np.float16))
+
+    def get(self, kept: Any) -> Array:
+        return np.asarray(kept.read_state("state"))
+
+
+Part = tuple[Mapping[str, Any], Interpreted | Predicted]  # what the manifest says of it first
+
+
+def open_parts(bundle: Bundle, interpret: str | None) -> dict[str, list[Part]]:
+    """The functions of a bundle's packages by role, in the order in which they are run.
+
+    interpret  "native" or "exact": the interpreter's arithmetic; None is Core ML
+
+    Raises  BackendError where there is no Core ML.
+    """
+    if interpret is None and sys.platform != "darwin":
+        raise BackendError(
+            f"{bundle.path} is a Core ML bundle, which runs on macOS 15: here --interpret (in Python interpret='native') "
+            "computes it in numpy, exactly and slowly"
+        )
+    packages: dict[str, mil.Package] = {}
+    parts: dict[str, list[Part]] = {"decode": [], "prefill": []}
+    for graph in bundle.manifest["graphs"]:
+        path = bundle.path / graph["file"]
+        part: Interpreted | Predicted
+        if interpret is None:
+            part = Predicted(path, graph["function"])
+        else:
+            package = packages.setdefault(graph["file"], mil.Package(path))
+            part = Interpreted(package, graph["function"], interpret)
+        parts[graph["role"]].append((graph, part))
+    return parts
+
+
+class Loop:
+    """The state between calls, and the order of parts and functions: a prompt by prefill, its rest by decode.
+
+    n_tokens  that the current state has read
+    logits    (V,) after the last of them
+    """
+
+    def __init__(self, model: "Model", parts: dict[str, list[Part]]) -> None:
+        self._model, self._spec, self._parts = model, model.spec, parts
+        self._chunk: int = parts["prefill"][0][0]["T"]
+        self._kept = [part.keep() if "packed" in graph else None for graph, part in parts["decode"]]
+        self._state: dict[str, Array] = {}
+        self._tables = Tables([model.bundle.tensors[name] for name in model.spec.tables]) if model.spec.tables else None
+        self.logits: Array = np.zeros(model.spec.n_vocab, np.float32)
+        self.n_tokens = 0
+        self.load(None)
+
+    def load(self, state: State | None) -> None:
+        """Begin from a state, or from the model's first one."""
+        state = self._model.check_state(state)
+        if state is not None and state.logits is not None:
+            self.logits = state.logits.copy()
+        self.n_tokens = 0 if state is None else state.n_tokens
+        tensors = {
+            name: np.full(t.shape, t.first) if state is None else state.tensors[name].clip(-_F16_MAX, _F16_MAX)
+            for name, t in self._spec.state_tensors.items()
+        }
+        self._state = {}
+        for (graph, part), kept in zip(self._parts["decode"], self._kept, strict=True):
+            for i in graph["inputs"]:
+                if i["name"].startswith("state_"):
+                    self._state[i["name"]] = tensors[_tensor(i["name"])].reshape(i["shape"])
+            if "packed" in graph:
+                whole = np.empty(graph["packed"]["shape"])
+                self._each(graph["packed"], lambda name, place, whole=whole: _assign(whole[place], tensors[name]))
+                part.put(kept, whole)
+
+    def tensors(self) -> dict[str, Array]:
+        """The state's tensors, as they are computed with."""
+        found = {_tensor(name): x.reshape(self._spec.state_tensors[_tensor(name)].shape) for name, x in self._state.items()}
+        for (graph, part), kept in zip(self._parts["decode"], self._kept, strict=True):
+            if "packed" in graph:
+                whole = part.get(kept)
+
+                def take(name: str, place: Any, whole: Array = whole) -> None:
+                    found[name] = whole[place].reshape(self._spec.state_tensors[name].shape)
+
+                self._each(graph["packed"], take)
+        return {name: found[name] for name in self._spec.state_tensors}
+
+    def state(self) -> State:
+        """Copy the state out."""
+        tensors = {name: np.array(x, np.float32, order="C") for name, x in self.tensors().items()}
+        logits = self.logits.astype(np.float32) if self.n_tokens else None
+        return State(self._model.bundle.model_id, self.n_tokens, tensors, logits)
+
+    def _each(self, packed: Mapping[str, Any], do: Callable[[str, Any], None]) -> None:
+        """Every tensor of a packed state, and where it lies there."""
+        for layer in range(packed["shape"][0]):
+            for name, (start, stop) in packed["rows"].items():
+                do(f"{layer + packed['first_layer']}.{name}", (layer, slice(start, stop)))
+
+    def read(self, ids: "Tokens", *, every: bool = False, progress: Callable[[int, int], None] | None = None) -> Array:
+        """Read tokens.
+
+        every     give the logits of every token: token by token, since prefill gives those of its last one
+        progress  called with tokens read and tokens in all
+
+        Returns  logits (T, V) of every token, or (1, V) of the last
+        """
+        parts, at = [], 0
+        while at < len(ids):
+            n = self._chunk if len(ids) - at >= self._chunk and not every else 1
+            self._call("prefill" if n > 1 else "decode", ids[at : at + n])
+            at += n
+            if every:
+                parts.append(self.logits)
+            if progress:
+                progress(at, len(ids))
+        return np.stack(parts) if every else self.logits[None]
+
+    def step(self, token: int) -> Array:
+        """Read one token: its logits (V,)."""
+        self._call("decode", np.array([token]))
+        return self.logits
+
+    def _call(self, role: str, ids: "Tokens") -> None:
+        passed: dict[str, Array] = {"tokens": ids.astype(np.int32)}
+        if self._tables:
+            passed["deep_embed"] = self._tables.rows(ids)
+        new: dict[str, Array] = {}
+        for (graph, part), kept in zip(self._parts[role], self._kept, strict=True):
+            given = {i["name"]: passed[i["name"]] if i["name"] in passed else self._state[i["name"]] for i in graph["inputs"]}
+            for name, x in part(given, kept).items():
+                inner = name.removesuffix("_out")
+                (new if inner in self._state else passed)[inner] = x
+        # together: an interrupt comes before or after, and finds a whole state
+        self._state, self.n_tokens, self.logits = new, self.n_tokens + len(ids), passed["logits"][0]
+
+
+def _tensor(name: str) -> str:
+    """A state's tensor by the name of its input: state_0_att_x is 0.att_x."""
+    return name.removeprefix("state_").replace("_", ".", 1)
+
+
+def _assign(place: Array, x: Array) -> None:
+    place[...] = x.reshape(place.shape)
