@@ -295,8 +295,8 @@ def _parse(path: Path, manifest: dict[str, Any]) -> Bundle:
         entries = one if isinstance(one, list) else [one]
         if not entries:
             raise BundleError(f"{path / MANIFEST} is damaged: {name} lies nowhere")
-        parts = [_stored(path, manifest["files"], name, t) for t in entries]
-        tensors[name] = parts[0] if len(parts) == 1 else Pieces(tuple(parts))
+        pieces = [_stored(path, manifest["files"], name, t) for t in entries]
+        tensors[name] = pieces[0] if len(pieces) == 1 else Pieces(tuple(pieces))
         weights[name] = Weight(tensors[name].shape, entries[0]["kind"])
     per_layer = tuple(
         StateTensor(t["name"].removeprefix("0."), tuple(t["shape"]), float(t["first"]))
@@ -333,7 +333,8 @@ def _validate(bundle: Bundle) -> None:
     if any(len(shape) != 2 or shape[0] != spec.n_vocab or len(tables) > 1 for shape in tables):
         raise BundleError(f"{where} is damaged: its tables are not of {spec.n_vocab} rows of one width")
     if bundle.target == "coreml":
-        return _validate_coreml(bundle)
+        _validate_coreml(bundle)
+        return
     sizes = {f"state.{n}": math.prod(t.shape) for n, t in spec.state_tensors.items()}
     for graph in manifest["graphs"]:
         states = [i for i in graph["inputs"] if i["name"].startswith("state.")]
@@ -364,9 +365,8 @@ def _validate_coreml(bundle: Bundle) -> None:
             takes = {i["name"]: math.prod(i["shape"]) for i in g["inputs"]}
             gives = {o["name"] for o in g["outputs"]}
             states = {n: size for n, size in takes.items() if n.startswith("state_")}
-            if g["T"] != T or g["state"] != parts[0]["state"] or (g["state"] == "packed") != ("packed" in g or not g["part"]):
-                if not (g["state"] == "packed" and "packed" not in g):  # a part with the head alone keeps nothing
-                    raise BundleError(f"{where} is damaged: the parts of {role} are not of one kind")
+            if (g["T"], g["state"]) != (T, parts[0]["state"]) or ("packed" in g and g["state"] != "packed"):
+                raise BundleError(f"{where} is damaged: the parts of {role} are not of one kind")
             if not takes.keys() - states.keys() <= known or any(sizes.get(n) != size for n, size in states.items()):
                 raise BundleError(f"{where} is damaged: {g['file']} takes what nothing gives")
             if any(f"{n}_out" not in gives for n in states):

@@ -219,8 +219,10 @@ def export(
             State(model_id, 0, first).save(folder / INITIAL_STATE)
         tensors: dict[str, Any] = {}
         for file, layout in layouts.items():
-            add = _coreml_entries if isinstance(layout, coreml.Layout) else _onnx_entries
-            add(tensors, source, plan, folder, file, layout)
+            if isinstance(layout, coreml.Layout):
+                _coreml_entries(tensors, source, plan, folder, file, layout)
+            else:
+                _onnx_entries(tensors, source, plan, folder, file, layout)
         manifest = {
             "format": FORMAT,
             "model_id": model_id,
@@ -465,10 +467,10 @@ def _write_package(
                 f.write(s.data)
         else:
             second = []
-            for rows, data, s in _encode(source.tensors[name], plan[name], _encode_for_coreml, start, stop):
+            for rows, data, table in _encode(source.tensors[name], plan[name], _encode_for_coreml, start, stop):
                 f.write(data)
-                if s is not None:
-                    second.append(s)
+                if table is not None:
+                    second.append(table)
                 yield name, rows
         assert f.tell() == place.offset + place.nbytes, (name, what)
 

@@ -16,7 +16,7 @@ from .checkpoints import Checkpoint, model_id, open_checkpoint
 from .checkpoints.lora import with_lora
 from .errors import BundleError, InputError
 from .files import utf8
-from .qtensor import QTensor
+from .qtensor import Lut, QTensor
 from .reference import Weights, run_reference
 from .runtime import Model
 from .runtime.sampling import log_softmax
@@ -90,7 +90,7 @@ class Reference:
 
     def __init__(self, checkpoint: Checkpoint, first: Mapping[str, Array] | None = None) -> None:
         self._spec, self._first = checkpoint.spec, first
-        self._weights: Mapping[str, Array | QTensor] = Weights(checkpoint.tensors)
+        self._weights: Mapping[str, Array | QTensor | Lut] = Weights(checkpoint.tensors)
         if checkpoint.spec.n_parameters <= _KEPT:
             self._weights = dict(self._weights)
 

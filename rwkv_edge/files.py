@@ -142,7 +142,8 @@ class Stored:
         if type(self.bits) is not int or not (self.block is None or type(self.block) is int):
             raise CheckpointError(f"{self.name} has {self.bits!r} bits in blocks of {self.block!r}: expected whole numbers")
         if self.data.dtype in ("I8", *CODES):
-            return self._validate_codes()
+            self._validate_codes()
+            return
         if self.block is None or self.scales is None:
             expected = [(self.data, f"F{self.bits}", self.shape)]
         else:

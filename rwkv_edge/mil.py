@@ -47,17 +47,17 @@ def quiet() -> Iterator[None]:
 
 
 @functools.cache
-def messages() -> tuple[Any, Any, Any]:
-    """The protobuf messages MIL_pb2, Model_pb2 and FeatureTypes_pb2.
+def messages() -> tuple[Any, Any]:
+    """The protobuf messages MIL_pb2 and Model_pb2.
 
     Raises  BackendError if coremltools is missing.
     """
     try:
         with quiet():
-            from coremltools.proto import FeatureTypes_pb2, MIL_pb2, Model_pb2
+            from coremltools.proto import MIL_pb2, Model_pb2
     except ImportError as e:
         raise BackendError(f"Core ML needs coremltools ({e}): pip install 'rwkv-edge[coreml]'") from e
-    return MIL_pb2, Model_pb2, FeatureTypes_pb2
+    return MIL_pb2, Model_pb2
 
 
 # --- reading a package ---
@@ -85,7 +85,7 @@ class Package:
     """
 
     def __init__(self, path: Path) -> None:
-        _, Model, _ = messages()
+        _, Model = messages()
         self.path = path
         try:
             self.model = Model.Model.FromString((path / MODEL).read_bytes())
@@ -132,8 +132,7 @@ class Package:
         data = self._weights[offset : offset + nbytes]
         if name in ("int4", "uint4", "uint6"):
             codes = unpack_bits(data, _BITS[name])
-            data = (codes << 4).view(np.int8) >> 4 if name == "int4" else codes
-            return data.reshape(shape)
+            return ((codes << 4).view(np.int8) >> 4 if name == "int4" else codes).reshape(shape)
         return data.view(dtype).reshape(shape)
 
 
@@ -151,7 +150,7 @@ def _conv(x: Array, weight: Array, bias: Array | None = None, **options: Any) ->
     said = {k: v if isinstance(v, str) else v.tolist() for k, v in options.items()}
     if said != _POINTWISE or weight.shape[2:] != (1, 1):
         raise BundleError(f"a convolution with {said} and weights of {weight.shape} is none over single points")
-    y = np.tensordot(weight[:, :, 0, 0], x[0], 1)[None]
+    y: Array = np.tensordot(weight[:, :, 0, 0], x[0], 1)[None]
     return y if bias is None else y + bias[:, None, None]
 
 
@@ -161,7 +160,7 @@ _POINTWISE = {"strides": [1, 1], "pad_type": "valid", "pad": [0, 0, 0, 0], "dila
 def _layer_norm(x: Array, axes: Array, epsilon: Array, gamma: Array | None = None, beta: Array | None = None) -> Array:
     (axis,) = axes.tolist()
     d = x - x.mean(axis, keepdims=True)
-    y = d / np.sqrt((d * d).mean(axis, keepdims=True) + epsilon.astype(x.dtype))
+    y: Array = d / np.sqrt((d * d).mean(axis, keepdims=True) + epsilon.astype(x.dtype))
     shape = [n if i == axis % x.ndim else 1 for i, n in enumerate(x.shape)]
     y = y if gamma is None else y * gamma.reshape(shape)
     return y if beta is None else y + beta.reshape(shape)
@@ -184,7 +183,8 @@ def _slice(x: Array, begin: Array, end: Array) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
-    return np.tanh(x * 0.5) * 0.5 + 0.5
+    y: Array = np.tanh(x * 0.5) * 0.5 + 0.5
+    return y
 
 
 def _dense(indices: Array, lut: Array) -> Array:
@@ -319,7 +319,7 @@ class Interpreter:
                     self._run(op, env, state)
                 for name in ended:
                     env.pop(name, None)
-        return {name: env.get(name, constants.get(name)) for name in self._block.outputs}
+        return {name: env[name] if name in env else constants[name] for name in self._block.outputs}
 
     def _cast(self, x: Any, dtype: str) -> Any:
         """A result rounded to the type it is declared of, and as float32 again; all floats as float64 in exact arithmetic."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8]
 Packed = npt.NDArray[np.uint8]
-Indices = npt.NDArray[np.integer[Any]]
+Indices = npt.NDArray[Any]
 
 BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits takes
 
@@ -83,7 +83,8 @@ def pack_bits(codes: npt.NDArray[Any], bits: int) -> bytes:
     """
     x = codes.reshape(-1, 8 // math.gcd(bits, 8)).astype(np.uint32) & ((1 << bits) - 1)
     word = np.bitwise_or.reduce(x << (np.arange(x.shape[1], dtype=np.uint32) * bits), axis=1)
-    return word.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : x.shape[1] * bits // 8].tobytes()
+    packed: Packed = word.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : x.shape[1] * bits // 8]
+    return packed.tobytes()
 
 
 def unpack_bits(data: Packed, bits: int) -> Packed:
@@ -159,7 +160,7 @@ class Recipe:
         """Bytes of a tensor of this shape, scales or tables included."""
         n = math.prod(shape)
         if self.rows is not None:
-            return n * self.bits // 8 + 2 * (shape[0] // self.rows) * 2**self.bits
+            return n * self.bits // 8 + 2 * (shape[0] // self.rows) * (1 << self.bits)
         if self.block is not None:
             return n * self.bits // 8 + 2 * n // self.block if self.half else sum(packed_bytes(shape, self.bits, self.block))
         return n * self.bits // 8

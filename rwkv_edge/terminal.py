@@ -141,7 +141,7 @@ def print_report(report: Any) -> None:
             f"Allowed: exact graphs {allowed['exact_max']:.1e} max, {allowed['exact_state']:.1e} state; with int8 activations "
             f"{allowed['int8_rms']} rms,\nand the graph must be the exact one but for the rounding of activations."
             if "int8_rms" in allowed
-            else f"Allowed: in float64 {allowed['exact_max']:.0e}; in float16, as the packages say, KL {allowed['native_kl']}.\n"
+            else f"Allowed: in float64 {allowed['exact_max']:.0e}; in float16, as the file says, KL {allowed['native_kl']}.\n"
             "Computed from the packages' own files by our interpreter: what Core ML does with them, only a Mac shows."
         )
     )

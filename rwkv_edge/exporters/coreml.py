@@ -192,7 +192,7 @@ class Mil:
             n = len(self.ops)
             names = [f"{op}_{n}" if len(shapes) == 1 else f"{op}_{n}_{i}" for i in range(len(shapes))]
             self.ops.append(Op(op, refs, tuple((o, dtype, s) for o, s in zip(names, shapes, strict=True))))
-            constant = all(v.constant for v in values)
+            constant = bool(values) and all(v.constant for v in values)
             self._memo[key] = [
                 Value(self, o, s, form, sign=sign, constant=constant) for o, s in zip(names, shapes, strict=True)
             ]
@@ -286,7 +286,7 @@ class Mil:
 
     def embed(self, W: Parameter, tokens: Value) -> Value:
         C = W.shape[1]
-        take = dict(axis=_int(0), batch_dims=_int(0), validate_indices=_bool(False))
+        take: dict[str, Any] = dict(axis=_int(0), batch_dims=_int(0), validate_indices=_bool(False))
         rows = (0, W.shape[0])
         if W.recipe.block:
             # the row's codes, then its scale: a constexpr would make the whole table
@@ -324,7 +324,7 @@ class Mil:
         for start in range(0, n_out, _MAX_ROWS):
             stop = min(start + _MAX_ROWS, n_out)
             weight = Blob(W.name, W.recipe, (start, stop), (stop - start, n_in, 1, 1))
-            given = {"bias": Blob(bias.name, bias.recipe, (start, stop), (stop - start,))} if bias else {}
+            given: dict[str, Any] = {"bias": Blob(bias.name, bias.recipe, (start, stop), (stop - start,))} if bias else {}
             parts.append(self.op("conv", (1, stop - start, 1, T), x=x, weight=weight, **given, **_POINTWISE))
         return self.concat(parts, 1)
 
@@ -377,7 +377,7 @@ class Mil:
     # --- norms ---
 
     def layer_norm(self, x: Value, weight: Parameter, bias: Parameter, *, eps: float) -> Value:
-        given = dict(gamma=_whole(weight, weight.shape), beta=_whole(bias, bias.shape))
+        given: dict[str, Any] = dict(gamma=_whole(weight, weight.shape), beta=_whole(bias, bias.shape))
         return self.op("layer_norm", x.shape, x=x, axes=_ints((self.channels,)), **given, epsilon=_half(eps))
 
     def head_norm(self, x: Value, weight: Parameter, bias: Parameter, *, eps: float) -> Value:
@@ -487,7 +487,7 @@ def _whole(p: Parameter, shape: Shape) -> Blob:
     return Blob(p.name, p.recipe, (0, p.shape[0]), shape)
 
 
-_POINTWISE = dict(
+_POINTWISE: dict[str, Any] = dict(
     strides=_ints((1, 1)), pad_type=Const("string", (), ("valid",)), pad=_ints((0, 0, 0, 0)), dilations=_ints((1, 1)),
     groups=_int(1),
 )  # fmt: skip
@@ -773,7 +773,7 @@ def _record(spec: Spec, plan: Plan, profile: str, packed: bool, T: int, begins: 
         later = {r for op in f.ops[stop:] for r in _names(op)}
         going = [name for op in ops for name, _, _ in op.outputs if name in later]
         assert len(going) <= 2, going
-        outputs = {}
+        outputs: dict[str, Any] = {}
         if going:
             outputs |= {"hidden_out": going[-1]} | ({"v_first_out": going[0]} if going[1:] else {})
         if i + 1 == len(begins):
@@ -834,7 +834,7 @@ def _names(op: Op) -> Iterator[str]:
 
 
 def _build(spec: Spec, functions: Mapping[str, Function], layout: Layout) -> bytes:
-    MIL, Model, Feature = mil.messages()
+    MIL, Model = mil.messages()
     model = Model.Model(specificationVersion=_SPECIFICATION)
     model.mlProgram.version = 1
     model.description.defaultFunctionName = next(iter(functions))

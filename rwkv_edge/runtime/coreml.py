@@ -4,7 +4,7 @@ What predicts through coremltools has not yet been run on a Mac.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,7 +115,7 @@ class Loop:
         self._chunk: int = parts["prefill"][0][0]["T"]
         self._kept = [part.keep() if "packed" in graph else None for graph, part in parts["decode"]]
         self._state: dict[str, Array] = {}
-        self._tables = Tables([model.bundle.tensors[name] for name in model.spec.tables]) if model.spec.tables else None
+        self._tables = Tables.of(model.bundle) if model.spec.tables else None
         self.logits: Array = np.zeros(model.spec.n_vocab, np.float32)
         self.n_tokens = 0
         self.load(None)
@@ -137,7 +137,8 @@ class Loop:
                     self._state[i["name"]] = tensors[_tensor(i["name"])].reshape(i["shape"])
             if "packed" in graph:
                 whole = np.empty(graph["packed"]["shape"])
-                self._each(graph["packed"], lambda name, place, whole=whole: _assign(whole[place], tensors[name]))
+                for name, place in _places(graph["packed"]):
+                    whole[place] = tensors[name].reshape(whole[place].shape)
                 part.put(kept, whole)
 
     def tensors(self) -> dict[str, Array]:
@@ -146,11 +147,8 @@ class Loop:
         for (graph, part), kept in zip(self._parts["decode"], self._kept, strict=True):
             if "packed" in graph:
                 whole = part.get(kept)
-
-                def take(name: str, place: Any, whole: Array = whole) -> None:
+                for name, place in _places(graph["packed"]):
                     found[name] = whole[place].reshape(self._spec.state_tensors[name].shape)
-
-                self._each(graph["packed"], take)
         return {name: found[name] for name in self._spec.state_tensors}
 
     def state(self) -> State:
@@ -158,12 +156,6 @@ class Loop:
         tensors = {name: np.array(x, np.float32, order="C") for name, x in self.tensors().items()}
         logits = self.logits.astype(np.float32) if self.n_tokens else None
         return State(self._model.bundle.model_id, self.n_tokens, tensors, logits)
-
-    def _each(self, packed: Mapping[str, Any], do: Callable[[str, Any], None]) -> None:
-        """Every tensor of a packed state, and where it lies there."""
-        for layer in range(packed["shape"][0]):
-            for name, (start, stop) in packed["rows"].items():
-                do(f"{layer + packed['first_layer']}.{name}", (layer, slice(start, stop)))
 
     def read(self, ids: "Tokens", *, every: bool = False, progress: Callable[[int, int], None] | None = None) -> Array:
         """Read tokens.
@@ -208,5 +200,8 @@ def _tensor(name: str) -> str:
     return name.removeprefix("state_").replace("_", ".", 1)
 
 
-def _assign(place: Array, x: Array) -> None:
-    place[...] = x.reshape(place.shape)
+def _places(packed: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, slice]]]:
+    """Every tensor of a packed state, and where it lies there."""
+    for layer in range(packed["shape"][0]):
+        for name, (start, stop) in packed["rows"].items():
+            yield f"{layer + packed['first_layer']}.{name}", (layer, slice(start, stop))

@@ -251,7 +251,7 @@ class Loop:
                 binding.bind_ortvalue_output(f"{name}.out", self._value(self._sets[b][name]))
             self._bindings.append(binding)
         self._at = 0
-        self._tables = Tables([model.bundle.tensors[name] for name in model.spec.tables]) if model.spec.tables else None
+        self._tables = Tables.of(model.bundle) if model.spec.tables else None
         # decoding: bound once, used for every token
         self._one = np.zeros(1, np.int64), np.zeros(1, np.int64), np.empty((1, self._spec.n_vocab), np.float32)
         self._one_rows = np.empty((1, *self._tables.shape), np.float32) if self._tables else None

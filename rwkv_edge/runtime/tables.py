@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..bundle import Bundle
 from ..errors import BundleError
 from ..files import DTYPES, Record, Stored
 from ..qtensor import QTensor
@@ -20,6 +21,11 @@ class Tables:
     def __init__(self, tables: Sequence[Stored]) -> None:
         self._tables = [(t, _map(t.data), _map(t.scales) if t.scales else None) for t in tables]
         self.shape = (len(tables), tables[0].shape[1])
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> "Tables":
+        tables = [bundle.tensors[name] for name in bundle.spec.tables]
+        return cls([t for t in tables if isinstance(t, Stored)])
 
     def rows(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Give the rows of tokens (T,), (T, L, n): what the file holds, and nothing else of it is read."""

@@ -1,0 +1,587 @@
+"""Core ML packages: what the file on disk computes, read by our interpreter, is the step; planted faults are seen."""
+
+import functools
+import json
+import shutil
+import struct
+import subprocess
+import sys
+
+import factory
+import jsonschema
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import DEMO
+from hypothesis import given
+from hypothesis import strategies as st
+from test_bundle import SCHEMA
+
+from rwkv_edge import mil
+from rwkv_edge.bundle import MANIFEST, dump_manifest, read_bundle, sha256_of
+from rwkv_edge.check import COREML_EXACT, check
+from rwkv_edge.cli import cli
+from rwkv_edge.convert import export
+from rwkv_edge.errors import BackendError, BundleError, CheckFailed, ExportError, InputError, QuantizeError
+from rwkv_edge.exporters import coreml
+from rwkv_edge.qtensor import Lut, QTensor, Recipe, pack_bits, unpack_bits
+from rwkv_edge.quantize import COREML_QUANTS, coreml_plan, rtn, with_half_scales
+from rwkv_edge.reference import Weights, run_reference
+from rwkv_edge.runtime import open_bundle
+
+# float16 against float64 on the same weights, nats a token; measured 3e-6 on the demo model, 1e-5 to 3e-4 on random ones
+NATIVE_KL = 1e-3
+ROWS = [(profile, quant) for profile in COREML_QUANTS for quant in COREML_QUANTS[profile]]
+
+
+def packages(path):
+    return [path / f for f in dict.fromkeys(g["file"] for g in read_bundle(path).manifest["graphs"])]
+
+
+@pytest.mark.parametrize(
+    ("profile", "quant", "state"),
+    [(p, q, "explicit") for p, q in ROWS] + [("ane", "fp16", "packed"), ("gpu", "fp16", "packed")],
+)
+@pytest.mark.parametrize("name", ["demo", *factory.SHAPES])
+def test_the_file_computes_the_step(name, profile, quant, state, bundle):
+    report = check(bundle(name, target="coreml", profile=profile, quant=quant, coreml_state=state), n_tokens=34)
+    assert report.ok
+    assert [row.arithmetic for row in report.rows] == ["exact", "exact", "native", "native"]
+    for row in report.rows[:2]:
+        assert max(row.own.max_abs, row.state) <= COREML_EXACT
+    assert max(row.own.kl for row in report.rows[2:]) <= NATIVE_KL
+
+
+@pytest.mark.parametrize("state", ["explicit", "packed"])
+@pytest.mark.parametrize("profile", ["ane", "gpu"])
+@pytest.mark.parametrize("name", ["demo", "v4", "v6", "v7a"])
+def test_parts_compute_the_same(name, profile, state, bundle):
+    path = bundle(name, target="coreml", profile=profile, quant="fp16", coreml_state=state, part_bytes=1)
+    graphs = read_bundle(path).manifest["graphs"]
+    assert len(packages(path)) == read_bundle(path).spec.n_layer + 1 == graphs[0]["parts"]
+    passed = {o["name"] for g in graphs for o in g["outputs"] if not o["name"].startswith(("state_", "logits"))}
+    assert passed == {"hidden_out"} | ({"v_first_out"} if read_bundle(path).spec.version.startswith("7") else set())
+    report = check(path, n_tokens=33)
+    assert report.ok
+    assert max(row.own.max_abs for row in report.rows[:2]) <= COREML_EXACT
+
+
+@pytest.mark.parametrize("profile", ["ane", "gpu"])
+def test_a_large_vocabulary_is_cut_for_the_neural_engine(profile, bundle):
+    path = bundle("world", target="coreml", profile=profile, quant="lut4")
+    b = read_bundle(path)
+    entries = b.manifest["tensors"]["head.weight"]
+    assert [e["shape"][0] for e in entries] == ([16384] * 4 if profile == "ane" else [65536])
+    assert b.tensors["head.weight"].read().shape == (65536, 16)
+    assert check(path, n_tokens=18).ok
+
+
+@pytest.mark.parametrize(("profile", "quant"), [("ane", "lut4"), ("gpu", "int4"), ("ane", "int8"), ("ane", "lut6")])
+@pytest.mark.parametrize("state", ["explicit", "packed"])
+def test_coremltools_reads_the_same_types(profile, quant, state, bundle):
+    """Its own type inference, on the reloaded file: every operation's signature, and the type of every result."""
+    mil.messages()
+    with mil.quiet():
+        from coremltools.converters.mil.frontend.milproto.load import load
+    path = bundle("odd", target="coreml", profile=profile, quant=quant, coreml_state=state)
+    package = mil.Package(packages(path)[0])
+    with mil.quiet():
+        program = load(
+            package.model, specification_version=9, file_weights_dir=str(packages(path)[0] / mil.WEIGHTS).rpartition("/")[0]
+        )
+    assert set(program.functions) == {"decode", "prefill"}
+    for role, function in program.functions.items():
+        declared = mil.Interpreter(package, role)
+        found = {o.name: tuple(o.shape) for op in function.operations for o in op.outputs if hasattr(o, "shape")}
+        for name, (_, shape) in declared.outputs.items():
+            assert found[name] == shape
+        both = found.keys() & declared._types.keys()
+        assert len(both) > 100
+        assert all(found[name] == declared._types[name][1] for name in both)
+
+
+def test_coremltools_computes_the_same(bundle):
+    """A second opinion, operation by operation, where it has one: its value inference on what our interpreter computed."""
+    mil.messages()
+    with mil.quiet():
+        from coremltools.converters.mil import Builder as mb  # noqa: N813
+        from coremltools.converters.mil._deployment_compatibility import AvailableTarget
+        from coremltools.converters.mil.mil import Function
+    package = mil.Package(packages(bundle("odd", target="coreml", profile="gpu", quant="int4"))[0])
+    interpreter = mil.Interpreter(package, "prefill", "native")
+    values = {}
+    run = interpreter._run
+
+    def watch(op, env, state):
+        run(op, env, state)
+        values.update({o.name: env[o.name] for o in op.outputs})
+
+    interpreter._run = watch
+    rng = np.random.default_rng(0)
+    inputs = {
+        n: rng.standard_normal(s).astype(np.float16) if d == "fp16" else np.arange(s[0])
+        for n, (d, s) in interpreter.inputs.items()
+    }
+    values |= {n: interpreter._cast(x, interpreter.inputs[n][0]) for n, x in inputs.items()}
+    interpreter(inputs)
+    seen = {}
+    for op in interpreter._block.operations:
+        given = {k: [values[a.name] for a in v.arguments if a.name in values] for k, v in op.inputs.items()}
+        if op.type in ("const", "cast", "gather") or op.type.startswith("constexpr") or seen.get(op.type, 0) >= 6:
+            continue
+        args = {}
+        for k, v in given.items():
+            x = [z if isinstance(z, str) else z.astype(np.float16) if z.dtype == np.float32 else z for z in v]
+            args[k] = tuple(x) if k == "values" else x[0] if np.ndim(x[0]) else x[0][()]
+        with mil.quiet(), Function({"x": mb.placeholder(shape=(1,))}, opset_version=AvailableTarget.iOS18):
+            try:
+                out = getattr(mb, op.type)(**args)
+            except NotImplementedError:
+                continue
+        outs = out if isinstance(out, (list, tuple)) else [out]
+        if any(o.val is None for o in outs):
+            continue
+        for o, declared in zip(outs, op.outputs, strict=True):
+            np.testing.assert_allclose(
+                np.asarray(o.val, np.float32), values[declared.name], rtol=4e-3, atol=4e-3, err_msg=declared.name
+            )
+        seen[op.type] = seen.get(op.type, 0) + 1
+    assert len(seen) >= 12, seen
+
+
+# --- faults that somebody plants ---
+
+
+def reseal(path):
+    """Let a manifest agree with what is in the folder now: the fault must be seen by what it computes."""
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    for name in manifest["files"]:
+        manifest["files"][name] = {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)}
+    (path / MANIFEST).write_bytes(dump_manifest(manifest))
+
+
+def weights_fault(change):
+    """Change the file of weights at a tensor's place."""
+
+    def plant(path):
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        file = path / "model.mlpackage" / mil.WEIGHTS
+        data = bytearray(file.read_bytes())
+        change(data, {name: entries[0] for name, entries in manifest["tensors"].items()})
+        file.write_bytes(data)
+
+    return plant
+
+
+def graph_fault(change, role="decode"):
+    """Change the protobuf's operations of one function."""
+
+    def plant(path):
+        package = mil.Package(path / "model.mlpackage")
+        function = package.model.mlProgram.functions[role]
+        change(function.block_specializations["CoreML8"].operations, package.model)
+        (path / "model.mlpackage" / mil.MODEL).write_bytes(package.model.SerializeToString(deterministic=True))
+
+    return plant
+
+
+def first(operations, type_, n=0):
+    return [op for op in operations if op.type == type_][n]
+
+
+def constant(operations, name):
+    return next(op for op in operations if op.outputs and op.outputs[0].name == name)
+
+
+def swap_arguments(op, a, b):
+    x, y = op.inputs[a].arguments[0].name, op.inputs[b].arguments[0].name
+    op.inputs[a].arguments[0].name, op.inputs[b].arguments[0].name = y, x
+
+
+def swap_offsets(operations, a, b):
+    a, b = (constant(operations, n).inputs["indices"].arguments[0].value.blobFileValue for n in (a, b))
+    a.offset, b.offset = b.offset, a.offset
+
+
+def set_half(operations, op, param, factor):
+    value = constant(operations, op.inputs[param].arguments[0].name).attributes["val"].immediateValue.tensor.bytes
+    (x,) = struct.unpack("<e", value.values)
+    value.values = struct.pack("<e", x * factor)
+
+
+def exchange(data, a, b, n):
+    data[a : a + n], data[b : b + n] = data[b : b + n], data[a : a + n]
+
+
+def rename_inputs(operations, a, b):
+    for op in operations:
+        for argument in (x for v in op.inputs.values() for x in v.arguments):
+            if argument.name in (a, b):
+                argument.name = b if argument.name == a else a
+
+
+def wire_state_through(operations, model):
+    """The state's output is made from the state's input: it is never written."""
+    out = constant(operations, "state_0_att_x_out")
+    out.inputs["x"].arguments[0].name = "state_0_att_x"
+
+
+KEY, VALUE, DECAY = "blocks.0.att.key.weight", "blocks.1.ffn.value.weight", "blocks.0.att.w0"
+# what the graph's file says changes; the manifest's table says where weights lie, and the reference reads them there: so a
+# changed weight is only a fault if it is seen against the checkpoint
+FAULTS = {
+    "operands of a difference exchanged": graph_fault(lambda ops, m: swap_arguments(first(ops, "sub"), "x", "y")),
+    "two matrices exchanged": graph_fault(
+        lambda ops, m: swap_offsets(ops, "blocks_0_att_key_weight", "blocks_0_att_value_weight")
+    ),
+    "two vectors exchanged": graph_fault(lambda ops, m: rename_inputs(ops, "blocks_0_att_x_r", "blocks_0_att_x_k")),
+    "layers' states exchanged": graph_fault(lambda ops, m: rename_inputs(ops, "state_0_wkv", "state_1_wkv")),
+    "a state is not written": graph_fault(wire_state_through),
+    "eps of a norm, by a fifth": graph_fault(lambda ops, m: set_half(ops, first(ops, "layer_norm"), "epsilon", 1.2)),
+    "a constant, by one part in 1000": graph_fault(lambda ops, m: set_half(ops, first(ops, "mul", 0), "y", 1.001), "decode"),
+    "largest instead of sum": graph_fault(lambda ops, m: setattr(first(ops, "reduce_sum"), "type", "reduce_max")),
+    "sigmoid instead of tanh": graph_fault(lambda ops, m: setattr(first(ops, "tanh"), "type", "sigmoid")),
+    "a product instead of a sum": graph_fault(lambda ops, m: setattr(first(ops, "add", 3), "type", "mul")),
+    "relu left out": graph_fault(lambda ops, m: setattr(first(ops, "relu"), "type", "abs")),
+    "tokens in another order": graph_fault(
+        lambda ops, m: (
+            swap_arguments(first(ops, "concat"), "values", "values")
+            or first(ops, "concat").inputs["values"].arguments.reverse()
+        ),
+        "prefill",
+    ),
+    "two tokens' pieces exchanged": graph_fault(
+        lambda ops, m: rename_inputs(ops, first(ops, "split").outputs[3].name, first(ops, "split").outputs[4].name), "prefill"
+    ),
+    "tables of another matrix": graph_fault(
+        lambda ops, m: (
+            constant(ops, "blocks_0_att_key_weight")
+            .inputs["lut"]
+            .CopyFrom(constant(ops, "blocks_0_att_value_weight").inputs["lut"])
+        )
+    ),
+    "a record of another type": graph_fault(
+        lambda ops, m: setattr(
+            constant(ops, "blocks_0_att_key_weight").inputs["indices"].arguments[0].value.blobFileValue, "offset", 64
+        )
+    ),
+    "an operation that nothing writes": graph_fault(lambda ops, m: setattr(first(ops, "square"), "type", "erf")),
+    "a description of other inputs": graph_fault(
+        lambda ops, m: m.description.functions[0].input[0].type.multiArrayType.shape.append(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault, bundle, tmp_path):
+    path = tmp_path / "b"
+    shutil.copytree(bundle("odd", target="coreml", quant="lut4"), path)
+    FAULTS[fault](path)
+    reseal(path)
+    try:
+        report = check(path, n_tokens=32)
+    except (BundleError, CheckFailed):
+        return
+    assert not report.ok
+    assert {row.arithmetic for row in report.rows if not row.ok} >= {"exact"}
+
+
+WEIGHT_FAULTS = {
+    "one code": lambda data, t: data.__setitem__(t[KEY]["offset"], data[t[KEY]["offset"]] ^ 1),
+    "one bit of a decay": lambda data, t: data.__setitem__(t[DECAY]["offset"] + 1, data[t[DECAY]["offset"] + 1] ^ 8),
+    "tables exchanged": lambda data, t: exchange(data, t[VALUE]["scales"]["offset"], t[VALUE]["scales"]["offset"] + 32, 32),
+}
+
+
+@pytest.mark.parametrize("fault", WEIGHT_FAULTS)
+def test_a_fault_in_the_weights_is_seen(fault, bundle, tmp_path):
+    """By the file's sha256; and if that is made to agree, by what the weights are: another bundle of the same model."""
+    path = tmp_path / "b"
+    shutil.copytree(bundle("odd", target="coreml", quant="lut4"), path)
+    before = read_bundle(path)
+    whole = {name: np.asarray(t.read().dequantize() if t.bits < 16 else t.read()) for name, t in before.tensors.items()}
+    weights_fault(WEIGHT_FAULTS[fault])(path)
+    with pytest.raises(BundleError, match="sha256"):
+        check(path)
+    reseal(path)
+    after = read_bundle(path)
+    changed = [
+        name
+        for name, t in after.tensors.items()
+        if not np.array_equal(whole[name], t.read().dequantize() if t.bits < 16 else t.read())
+    ]
+    assert len(changed) == 1
+
+
+# --- arithmetic in float16 ---
+
+
+def test_slow_decays_survive(random_pth, tmp_path, monkeypatch):
+    """By their complement 1 - w: w itself is 1 in float16 where it is above .9998."""
+    path = export_of(tmp_path, random_pth, slow_decays)
+    good = kl_of(path)
+    monkeypatch.setattr(coreml.Mil, "exp", lambda self, x: self.unary("exp", x, sign=1))
+    assert kl_of(export_of(tmp_path / "without", random_pth, slow_decays)) > 4 * good
+
+
+def slow_decays(w):
+    for name in w:
+        if name.endswith("att.w0"):
+            w[name] = w[name] * 0 - 7.0  # w = e^(-.6 sigmoid(-7)) = .9995
+        if name.endswith(("att.w1", "att.w2")):
+            w[name] = w[name] * 0.01
+
+
+def test_norms_of_large_keys_do_not_overflow(random_pth, tmp_path, monkeypatch):
+    path = export_of(tmp_path, random_pth, large_keys)
+    assert kl_of(path) < 0.02
+
+    def plain(self, x, *, eps):
+        x = self.unpack(x)
+        shape = self._reduced(x)
+        axes = coreml._ints((self.within_head,))
+        total = self.op("reduce_sum", shape, "column", x=self.unary("square", x), axes=axes, keep_dims=coreml._bool(True))
+        return x / self.unary("sqrt", self.binary("maximum", total, coreml._TINY))
+
+    monkeypatch.setattr(coreml.Mil, "l2_normalize", plain)
+    assert not kl_of(export_of(tmp_path / "without", random_pth, large_keys)) < 0.02
+
+
+def large_keys(w):
+    for name in w:
+        if name.endswith("att.k_k"):
+            w[name] = w[name] * 300
+
+
+def test_squares_of_relu_do_not_overflow(random_pth, tmp_path, monkeypatch):
+    path = export_of(tmp_path, random_pth, large_squares)
+    assert kl_of(path) < 0.02
+    monkeypatch.setattr(coreml, "_FACTORS", {})
+    assert not kl_of(export_of(tmp_path / "without", random_pth, large_squares)) < 0.02
+
+
+def large_squares(w):
+    for name in w:
+        if name.endswith("ffn.key.weight"):
+            w[name] = w[name] * 300
+        if name.endswith("ffn.value.weight"):
+            w[name] = w[name] / 90000
+
+
+def test_rwkv_4_begins_with_a_number(bundle, random_pth, tmp_path, monkeypatch):
+    path = bundle("v4", target="coreml", quant="fp16")
+    assert {t["first"] for t in read_bundle(path).manifest["state"] if t["name"].endswith("pp")} == {-10000.0}
+    monkeypatch.setattr(coreml, "first_value", lambda t: float(t.first))
+    export(random_pth("v4"), tmp_path / "without", target="coreml", quant="fp16")
+    loop = open_bundle(tmp_path / "without", interpret="native").loop()
+    loop._state = {n: np.where(x < -1e9, -np.inf, x) for n, x in loop._state.items()}  # what float16 makes of -1e30
+    assert not np.isfinite(loop.step(1)).all()
+    assert np.isfinite(open_bundle(path, interpret="native").loop().step(1)).all()
+
+
+def export_of(folder, random_pth, change):
+    """A bundle of the shape "odd" with weights that are changed first."""
+    folder.mkdir(exist_ok=True)
+    w = {name: x.copy() for name, x in factory.weights(**factory.SHAPES["odd"]).items()}
+    change(w)
+    pth = factory.write_pth(folder / "m.pth", w, "fp32")
+    export(pth, folder / "b", target="coreml", quant="fp16")
+    return folder / "b"
+
+
+def kl_of(path):
+    b = read_bundle(path)
+    ids = factory.tokens(160, b.spec.n_vocab)
+    expected, _ = run_reference(b.spec, Weights(b.tensors), ids, dtype=np.float64)
+    loop = open_bundle(path, interpret="native").loop()
+    got = loop.read(np.array(ids), every=True).astype(np.float64)
+    p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (expected, got))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+# --- the runtime ---
+
+
+def test_the_same_text_as_by_onnxruntime(bundle, model):
+    ours = open_bundle(bundle("demo", target="coreml", quant="fp16"), interpret="native")
+    theirs = model("demo", quant="fp16")
+    prompt = theirs.encode("Once upon a time, in a small village by the sea, there lived")
+    a, b = ([t.id for t in m.generate(prompt, max_tokens=100, temperature=0)] for m in (ours, theirs))
+    assert a == b
+
+
+def test_states_go_from_one_bundle_to_the_other(bundle, model):
+    ours = open_bundle(bundle("demo", target="coreml", quant="fp16", coreml_state="packed"), interpret="native")
+    theirs = model("demo", quant="fp16")
+    ids = factory.tokens(40, ours.spec.n_vocab)
+    for a, b in ((ours, theirs), (theirs, ours)):
+        _, state = a.feed(ids[:21])
+        logits, _ = b.feed(ids[21:], state)
+        expected, _ = theirs.feed(ids)
+        assert np.abs(logits - expected).max() / expected.std() < 0.05
+
+
+@pytest.mark.parametrize("cuts", [[40], [1] * 40, [16, 24], [7, 33], [17, 16, 7]])
+@pytest.mark.parametrize("state", ["explicit", "packed"])
+def test_a_prompt_may_come_in_any_pieces(cuts, state, bundle):
+    m = open_bundle(bundle("odd", target="coreml", quant="fp16", coreml_state=state), interpret="exact")
+    ids = np.array(factory.tokens(40, m.spec.n_vocab))
+    whole = m.loop()
+    expected = whole.read(ids)[0]
+    loop, at = m.loop(), 0
+    for n in cuts:
+        logits = loop.read(ids[at : at + n])[-1]
+        at += n
+    assert np.abs(logits - expected).max() <= COREML_EXACT
+    assert loop.n_tokens == 40
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there it runs")
+def test_without_core_ml_the_interpreter_is_offered(bundle):
+    path = bundle("odd", target="coreml", quant="fp16")
+    with pytest.raises(BackendError, match="runs on macOS 15: here --interpret"):
+        open_bundle(path)
+    result = CliRunner().invoke(cli, ["run", str(path), "--ids", "1 2 3", "-n", "4", "--interpret", "-t", "0", "-q"])
+    assert result.exit_code == 0
+    assert len(result.stdout.split()) == 4
+    with pytest.raises(InputError, match="nothing is interpreted"):
+        open_bundle(bundle("odd", quant="fp16"), interpret="native")
+    with pytest.raises(BackendError, match="expected exact or native"):
+        open_bundle(path, interpret="fast")
+
+
+# --- files ---
+
+
+def test_same_bytes_in_any_process(tmp_path, bundle):
+    here = bundle("demo", target="coreml", quant="lut4")
+    code = f"from rwkv_edge import export; export({str(DEMO)!r}, {str(tmp_path / 'again')!r}, target='coreml', quant='lut4')"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONHASHSEED": "123"})
+    files = sorted(p.relative_to(here) for p in here.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
+    for name in files:
+        assert (here / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_the_manifest_follows_the_schema(bundle):
+    for options in ({"quant": "lut4"}, {"quant": "int4", "profile": "gpu", "coreml_state": "packed"}):
+        manifest = read_bundle(bundle("v7a", target="coreml", **options)).manifest
+        jsonschema.validate(manifest, SCHEMA)
+
+
+def test_a_folder_of_packages_is_replaced_only_if_it_is_ours(tmp_path, random_pth):
+    make = functools.partial(export, random_pth("odd"), tmp_path / "b", target="coreml", quant="fp16")
+    make()
+    make(force=True)
+    (tmp_path / "b" / "model.mlpackage" / "mine.txt").write_text("mine")
+    with pytest.raises(Exception, match=r"holds 'model.mlpackage/mine.txt'"):
+        make(force=True)
+
+
+@given(st.sampled_from([4, 6]), st.integers(1, 9), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_packed_codes_come_back(bits, n_out, groups, random):
+    n_in = groups * (2 if bits == 4 else 4)
+    codes = np.array([[random.randrange(1 << bits) for _ in range(n_in)] for _ in range(n_out)], np.uint8)
+    data = np.frombuffer(pack_bits(codes, bits), np.uint8)
+    assert len(data) == codes.size * bits // 8
+    np.testing.assert_array_equal(
+        unpack_bits(data.reshape(n_out, -1) if n_in * bits % 8 == 0 else data, bits).reshape(codes.shape), codes
+    )
+
+
+def test_codes_are_packed_as_coremltools_packs_them(tmp_path):
+    mil.messages()
+    with mil.quiet():
+        from coremltools.converters.mil.mil import types
+        from coremltools.libmilstoragepython import _BlobStorageWriter
+    rng = np.random.default_rng(0)
+    for bits in (4, 6):
+        codes = rng.integers(0, 1 << bits, (8, 16)).astype(np.uint8)
+        writer = _BlobStorageWriter(str(tmp_path / f"{bits}.bin"))
+        dtype = types.np_uint4_dtype if bits == 4 else types.np_uint6_dtype
+        at = getattr(writer, f"write_uint{bits}_data")(codes.reshape(-1).astype(dtype))
+        del writer
+        data = (tmp_path / f"{bits}.bin").read_bytes()
+        header = mil.HEADER.unpack(data[at : at + 64])
+        ours = pack_bits(codes, bits)
+        assert header[:5] == (mil.SENTINEL, mil.BLOB_DTYPES[f"uint{bits}"], len(ours), at + 64, 0)
+        assert data[at + 64 : at + 64 + len(ours)] == ours
+
+
+def test_half_scales_keep_the_error_small():
+    w = factory.uniform("w", (8, 64))
+    q = with_half_scales(w, rtn(w, bits=4, block=32))
+    assert np.array_equal(q.scales, q.scales.astype(np.float16))
+    assert np.square(q.dequantize() - w).sum() <= 1.02 * np.square(rtn(w, bits=4, block=32).dequantize() - w).sum()
+    assert isinstance(with_half_scales(w, rtn(w, bits=8, block=64)), QTensor)
+    for scale in (1e9, 1e-9):
+        with pytest.raises(QuantizeError, match="do not fit float16"):
+            with_half_scales(w * np.float32(scale), rtn(w * np.float32(scale), bits=8, block=64))
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"profile": "ane", "quant": "int4"}, QuantizeError, "Neural Engine computes integers in blocks wrongly.*use lut4"),
+        ({"quant": "none"}, QuantizeError, "Core ML computes in float16: use fp16"),
+        ({"quant": "lut5"}, QuantizeError, "'lut5' is unknown: profile ane takes fp16, int8, lut4, lut6"),
+        ({"quant": "fp16", "block": 32}, QuantizeError, "block 32 says nothing with quant fp16"),
+        ({"quant": "lut4", "block": 12}, QuantizeError, "block 12 is not possible"),
+        ({"quant": "lut4", "overrides": ("head.weight=32",)}, QuantizeError, "with 4, 6, 8 or 16 bits"),
+        ({"quant": "lut4", "overrides": ("nobody=8",)}, QuantizeError, "matches no matrix"),
+        ({"quant": "lut4", "overrides": ("emb.weight=4",)}, QuantizeError, "takes 8 or 16 bits: it is read row by row"),
+        ({"quant": "lut4", "overrides": ("*.w2=4",)}, QuantizeError, "inputs, which lut4 cannot pack: give --override"),
+        ({"profile": "tpu"}, ExportError, "profile 'tpu' is unknown: expected one of ane, gpu"),
+        ({"coreml_state": "none"}, ExportError, "coreml_state 'none' is unknown"),
+        ({"wkv": "plain"}, ExportError, "is of target onnx"),
+        ({"part_bytes": 0}, ExportError, "part_bytes 0 is not possible"),
+        ({"target": "tflite"}, ExportError, "target 'tflite' is unknown: expected one of onnx, coreml"),
+        ({"target": "onnx", "profile": "ane"}, ExportError, "go with target coreml"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, error, words, tmp_path, random_pth):
+    with pytest.raises(error, match=words):
+        export(random_pth("odd"), tmp_path / "x", **{"target": "coreml"} | options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_by_kind(weights):
+    spec, _ = weights("plain")
+    plan = coreml_plan(spec, "lut4", "ane")
+    assert plan["blocks.0.att.key.weight"] == Recipe(4, None, "kmeans", rows=16)
+    assert plan["emb.weight"] == Recipe(8, spec.n_embd, "rtn", half=True)
+    assert plan["blocks.0.att.w1"] == Recipe(8, spec.n_embd, "rtn", half=True)
+    assert plan["blocks.0.att.w0"] == Recipe(16)
+    assert coreml_plan(spec, "int4", "gpu")["head.weight"] == Recipe(4, 32, "rtn", half=True)
+    assert coreml_plan(spec, "lut4", "ane", overrides=("head.*=16",))["head.weight"] == Recipe(16)
+    lut = Lut(np.zeros((4, 8), np.uint8), np.zeros((2, 16), np.float32), 4, 2)
+    assert lut.nbytes == Recipe(4, None, "kmeans", rows=2).nbytes((4, 8))
+
+
+@pytest.mark.parametrize("keep", [0, 100, 5000])
+def test_a_damaged_package_is_refused_in_one_line(keep, bundle, tmp_path):
+    path = tmp_path / "b"
+    shutil.copytree(bundle("odd", target="coreml", quant="fp16"), path)
+    model = path / "model.mlpackage" / mil.MODEL
+    model.write_bytes(model.read_bytes()[:keep])
+    with pytest.raises(BundleError, match="bytes, expected"):
+        check(path)
+    reseal(path)
+    with pytest.raises(BundleError) as e:
+        check(path)
+    assert "\n" not in str(e.value)
+
+
+def test_without_coremltools_the_extra_is_named(tmp_path):
+    code = (
+        "import sys; sys.modules['coremltools'] = None\n"
+        "from rwkv_edge import export, RwkvEdgeError\n"
+        f"try: export({str(DEMO)!r}, {str(tmp_path / 'x')!r}, target='coreml')\n"
+        "except RwkvEdgeError as e: print(e)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "pip install 'rwkv-edge[coreml]'" in out
+    assert not list(tmp_path.iterdir())
