@@ -169,6 +169,7 @@ class Mil:
         self.C, self.H, self.N = spec.n_embd, spec.n_head, spec.head_size
         self.tables = spec.tables
         self.ops: list[Op] = []
+        self._named = 0
         self._memo: dict[Any, list[Value]] = {}
         self.channels, self.time = (1, 3) if self.ane else (2, 1)  # axes of what is (1, C, 1, T) or (1, T, C)
         self.within_head = 2 if self.ane else 3
@@ -189,7 +190,7 @@ class Mil:
         }
         key = (op, tuple(refs.items()), tuple(shapes))
         if key not in self._memo:
-            n = len(self.ops)
+            n, self._named = self._named, self._named + 1
             names = [f"{op}_{n}" if len(shapes) == 1 else f"{op}_{n}_{i}" for i in range(len(shapes))]
             self.ops.append(Op(op, refs, tuple((o, dtype, s) for o, s in zip(names, shapes, strict=True))))
             constant = bool(values) and all(v.constant for v in values)

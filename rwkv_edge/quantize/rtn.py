@@ -53,7 +53,8 @@ def with_half_scales(w: Array, q: QTensor) -> QTensor:
 
     Raises  QuantizeError if a scale is beyond float16, or all are so small that little of them is left.
     """
-    scales = q.scales.astype(np.float16).astype(np.float32)
+    with np.errstate(over="ignore"):
+        scales = q.scales.astype(np.float16).astype(np.float32)
     if not np.isfinite(scales).all() or 0 < np.abs(q.scales).max() < 2**-20:
         raise QuantizeError(f"scales from {np.abs(q.scales).min():.1e} to {np.abs(q.scales).max():.1e} do not fit float16")
     each = np.repeat(scales, q.block, axis=1)[:, : w.shape[1]]
