@@ -1,0 +1,118 @@
+import CoreML
+
+// Core ML may leave gaps between the rows of an array, most of all in what the Neural Engine gives. Nothing here takes an
+// array for contiguous: elements are found by strides, and bounds are checked against the bytes that are there.
+
+extension MLMultiArray {
+    /// A new float16 array with these elements, in row-major order.
+    static func halves(_ values: [Float], shape: [Int]) throws -> MLMultiArray {
+        let array = try MLMultiArray(shape: shape.map { NSNumber(value: $0) }, dataType: .float16)
+        try array.write(values)
+        return array
+    }
+
+    /// A new int32 array (T,) of token ids.
+    static func tokens(_ ids: [Int]) throws -> MLMultiArray {
+        let array = try MLMultiArray(shape: [NSNumber(value: ids.count)], dataType: .int32)
+        try array.withUnsafeMutableBytes { bytes, strides in
+            let items = bytes.bindMemory(to: Int32.self)
+            let step = strides.first ?? 1
+            for (i, id) in ids.enumerated() {
+                guard i * step < items.count, let item = Int32(exactly: id) else {
+                    throw RWKVError.input("Token \(id) is no token id.")
+                }
+                items[i * step] = item
+            }
+        }
+        return array
+    }
+
+    /// The elements of a float16 or float32 array, in row-major order.
+    func floats() throws -> [Float] {
+        let rows = Rows(shape: shape.map(\.intValue), strides: strides.map(\.intValue))
+        let type = dataType
+        var values: [Float] = []
+        values.reserveCapacity(rows.count * rows.length)
+        try withUnsafeBytes { bytes in
+            switch type {
+            case .float16:
+                let items = bytes.bindMemory(to: UInt16.self)
+                try rows.check(items.count)
+                rows.forEach { start in
+                    for i in 0..<rows.length { values.append(Half.float(items[start + i * rows.step])) }
+                }
+            case .float32:
+                let items = bytes.bindMemory(to: Float.self)
+                try rows.check(items.count)
+                rows.forEach { start in
+                    for i in 0..<rows.length { values.append(items[start + i * rows.step]) }
+                }
+            default:
+                throw RWKVError.model("Core ML gave an array that is neither float16 nor float32.")
+            }
+        }
+        return values
+    }
+
+    /// Fill a float16 array with elements in row-major order.
+    func write(_ values: [Float]) throws {
+        guard dataType == .float16, values.count == count else {
+            throw RWKVError.model("An array of \(count) elements cannot take \(values.count) in float16.")
+        }
+        let sizes = shape.map(\.intValue)
+        try withUnsafeMutableBytes { bytes, strides in
+            let rows = Rows(shape: sizes, strides: strides)
+            let items = bytes.bindMemory(to: UInt16.self)
+            try rows.check(items.count)
+            var next = 0
+            rows.forEach { start in
+                for i in 0..<rows.length {
+                    items[start + i * rows.step] = Half.bits(values[next])
+                    next += 1
+                }
+            }
+        }
+    }
+}
+
+/// Where the elements of a strided array lie: rows along the last axis.
+struct Rows {
+    let shape: [Int]
+    let strides: [Int]
+
+    /// Elements of a row.
+    var length: Int { shape.last ?? 1 }
+    /// From an element of a row to the next.
+    var step: Int { strides.last ?? 1 }
+    /// Rows in all.
+    var count: Int { shape.dropLast().reduce(1, *) }
+
+    /// Throw unless every element lies within a buffer of so many.
+    func check(_ nItems: Int) throws {
+        guard shape.count == strides.count, shape.allSatisfy({ $0 > 0 }), strides.allSatisfy({ $0 >= 0 }) else {
+            throw RWKVError.model("Core ML gave an array of shape \(shape) with strides \(strides).")
+        }
+        let last = zip(shape, strides).reduce(0) { $0 + ($1.0 - 1) * $1.1 }
+        guard last < nItems else {
+            throw RWKVError.model("Core ML gave an array of shape \(shape) and strides \(strides) in \(nItems) elements.")
+        }
+    }
+
+    /// Call with the place of each row's first element, in row-major order.
+    func forEach(_ body: (_ start: Int) -> Void) {
+        var index = [Int](repeating: 0, count: max(shape.count - 1, 0))
+        var start = 0
+        for _ in 0..<count {
+            body(start)
+            var axis = index.count - 1
+            while axis >= 0 {
+                index[axis] += 1
+                start += strides[axis]
+                if index[axis] < shape[axis] { break }
+                start -= strides[axis] * shape[axis]
+                index[axis] = 0
+                axis -= 1
+            }
+        }
+    }
+}
