@@ -13,16 +13,16 @@ enum CompiledModels {
             if let shipped = bundle.compiledModel(of: package) {
                 return try await MLModel.load(contentsOf: shipped, configuration: configuration)
             }
-            let place = try place(of: package, in: bundle, cache: cache)
-            if FileManager.default.fileExists(atPath: place.path) {
-                if let model = try? await MLModel.load(contentsOf: place, configuration: configuration) {
+            let kept = try place(of: package, in: bundle, cache: cache)
+            if FileManager.default.fileExists(atPath: kept.path) {
+                if let model = try? await MLModel.load(contentsOf: kept, configuration: configuration) {
                     return model
                 }
-                try FileManager.default.removeItem(at: place)  // damaged, or of another system: once more
+                try FileManager.default.removeItem(at: kept)  // damaged, or of another system: once more
             }
             let compiled = try await MLModel.compileModel(at: bundle.url(of: package))
-            try keep(compiled, at: place)
-            return try await MLModel.load(contentsOf: place, configuration: configuration)
+            try keep(compiled, at: kept)
+            return try await MLModel.load(contentsOf: kept, configuration: configuration)
         } catch let error as RWKVError {
             throw error
         } catch {

@@ -14,7 +14,7 @@ extension MLMultiArray {
     /// A new int32 array (T,) of token ids.
     static func tokens(_ ids: [Int]) throws -> MLMultiArray {
         let array = try MLMultiArray(shape: [NSNumber(value: ids.count)], dataType: .int32)
-        try array.withUnsafeMutableBytes { bytes, strides in
+        try array.withUnsafeMutableBytes { (bytes: UnsafeMutableRawBufferPointer, strides: [Int]) -> Void in
             let items = bytes.bindMemory(to: Int32.self)
             let step = strides.first ?? 1
             for (i, id) in ids.enumerated() {
@@ -30,11 +30,11 @@ extension MLMultiArray {
     /// The elements of a float16 or float32 array, in row-major order.
     func floats() throws -> [Float] {
         let rows = Rows(shape: shape.map(\.intValue), strides: strides.map(\.intValue))
-        let type = dataType
+        let kind = dataType
         var values: [Float] = []
         values.reserveCapacity(rows.count * rows.length)
-        try withUnsafeBytes { bytes in
-            switch type {
+        try withUnsafeBytes { (bytes: UnsafeRawBufferPointer) -> Void in
+            switch kind {
             case .float16:
                 let items = bytes.bindMemory(to: UInt16.self)
                 try rows.check(items.count)
@@ -60,7 +60,7 @@ extension MLMultiArray {
             throw RWKVError.model("An array of \(count) elements cannot take \(values.count) in float16.")
         }
         let sizes = shape.map(\.intValue)
-        try withUnsafeMutableBytes { bytes, strides in
+        try withUnsafeMutableBytes { (bytes: UnsafeMutableRawBufferPointer, strides: [Int]) -> Void in
             let rows = Rows(shape: sizes, strides: strides)
             let items = bytes.bindMemory(to: UInt16.self)
             try rows.check(items.count)

@@ -36,7 +36,8 @@ final class Runner {
     let chunk: Int
 
     init(_ bundle: ModelBundle, units: MLComputeUnits, cache: URL?) async throws {
-        manifest = bundle.manifest
+        let manifest = bundle.manifest
+        self.manifest = manifest
         var parts: [Part] = []
         for number in 1...max(manifest.graphs.map(\.part).max() ?? 1, 1) {
             var graphs: [String: Manifest.Graph] = [:]
@@ -68,9 +69,10 @@ final class Runner {
         guard tokens.count == 1 || tokens.count == chunk else {
             throw RWKVError.input("A step reads 1 or \(chunk) tokens, not \(tokens.count).")
         }
-        try autoreleasepool {
+        try autoreleasepool { () -> Void in
+            let ids = try MLMultiArray.tokens(tokens)
             // what goes from part to part
-            var passed = ["tokens": MLFeatureValue(multiArray: try MLMultiArray.tokens(tokens))]
+            var passed = ["tokens": MLFeatureValue(multiArray: ids)]
             var state: [String: MLFeatureValue] = [:]
             for part in parts {
                 let isDecode = tokens.count == 1
@@ -123,7 +125,8 @@ final class Runner {
     // MARK: - State
 
     func snapshot() throws -> Snapshot {
-        Snapshot(explicit: explicit, packed: try parts.compactMap { try Self.read($0.packed, $0.graphs) }, nTokens: nTokens, logits: logits)
+        let packed = try parts.compactMap { try Self.read($0.packed, $0.graphs) }
+        return Snapshot(explicit: explicit, packed: packed, nTokens: nTokens, logits: logits)
     }
 
     func restore(_ snapshot: Snapshot) throws {
@@ -148,7 +151,8 @@ final class Runner {
                     guard let tensor = saved.tensors[Self.tensorName(input.name)], tensor.values.count == input.shape.reduce(1, *) else {
                         throw RWKVError.bundle("\(input.name) of \(graph.file) is not in the manifest's state: export the bundle again.")
                     }
-                    explicit[input.name] = MLFeatureValue(multiArray: try .halves(tensor.values, shape: input.shape))
+                    let array = try MLMultiArray.halves(tensor.values, shape: input.shape)
+                    explicit[input.name] = MLFeatureValue(multiArray: array)
                 }
             }
         }
@@ -202,9 +206,9 @@ final class Runner {
     }
 
     private static func pack(_ saved: SavedState, _ packed: Manifest.Packed) throws -> [Float] {
-        let places = try places(packed)
+        let ranges = try places(packed)
         var values = [Float](repeating: 0, count: packed.shape.reduce(1, *))
-        for (name, range) in places {
+        for (name, range) in ranges {
             guard let tensor = saved.tensors[name], tensor.values.count == range.count else {
                 throw RWKVError.bundle("\(name) of the packed state is not in the manifest's state: export the bundle again.")
             }
