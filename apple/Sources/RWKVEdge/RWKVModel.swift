@@ -52,7 +52,9 @@ public actor RWKVModel {
         AsyncThrowingStream { continuation in
             let task = Task {
                 do {
-                    try await self.run(prompt, maxTokens, stop, sampling, seed) { continuation.yield($0) }
+                    try await self.run(prompt, maxTokens, stop, sampling, seed) { text in
+                        _ = continuation.yield(text)
+                    }
                     continuation.finish()
                 } catch {
                     continuation.finish(throwing: error)
@@ -113,7 +115,7 @@ public actor RWKVModel {
     private func read(_ ids: [Int]) async throws -> [Float] {
         let all = pending + ids
         if !all.isEmpty {
-            let before = all.count > 1 ? try runner.snapshot() : nil
+            let before = try all.count > 1 ? runner.snapshot() : nil
             do {
                 var place = 0
                 while place < all.count {
@@ -138,7 +140,7 @@ public actor RWKVModel {
     }
 
     private func run(
-        _ prompt: String, _ maxTokens: Int, _ stop: [String], _ sampling: Sampling?, _ seed: UInt64?, _ say: (String) -> Void
+        _ prompt: String, _ maxTokens: Int, _ stop: [String], _ sampling: Sampling?, _ seed: UInt64?, _ say: @Sendable (String) -> Void
     ) async throws {
         guard let tokenizer else {
             throw RWKVError.tokenizer("The bundle has no tokenizer: export it with --tokenizer.")
@@ -166,7 +168,7 @@ public actor RWKVModel {
             let (text, stopped) = stops.push(stream.push(token))
             if stopped || stops.isHolding || (stream.isUnfinished && !stop.isEmpty) {
                 // the state has not read this token yet
-                if mark == nil { mark = (try runner.snapshot(), "") }
+                if mark == nil { mark = try (state: runner.snapshot(), text: "") }
                 mark?.text += text
             } else {
                 mark = nil
@@ -187,6 +189,6 @@ public actor RWKVModel {
     private func goBack(to mark: (state: Runner.Snapshot, text: String)?, _ tokenizer: any TextTokenizer) throws {
         guard let mark else { return }
         try runner.restore(mark.state)
-        pending = mark.text.isEmpty ? [] : try tokenizer.encode(mark.text)
+        pending = try mark.text.isEmpty ? [] : tokenizer.encode(mark.text)
     }
 }
