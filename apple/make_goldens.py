@@ -65,8 +65,8 @@ def tokenizer_goldens(path: Path, *, also: list[bytes]) -> dict[str, Any]:
     return {"n_vocab": tokenizer.n_vocab, "cases": cases}
 
 
-def state_golden() -> bytes:
-    """A state file of two layers, in float16 and of a made-up model: what Swift has to read, and to write again."""
+def state_golden() -> dict[str, Any]:
+    """Write a state file of two layers, in float16 and of a made-up model; give the numbers in it."""
     rng = np.random.default_rng(7)
     tensors = {}
     for layer in range(2):
@@ -74,9 +74,15 @@ def state_golden() -> bytes:
         tensors[f"{layer}.wkv"] = rng.normal(size=(2, 2, 2)).astype(np.float32)
         tensors[f"{layer}.ffn_x"] = rng.normal(size=(4,)).astype(np.float32)
     state = State("5" * 64, 12, tensors, rng.normal(size=(16,)).astype(np.float32))
-    path = GOLDENS / "half.state"
-    state.save(path, half=True)
-    return path.read_bytes()
+    state.save(GOLDENS / "half.state", half=True)
+    halves = {name: x.astype(np.float16) for name, x in [*tensors.items(), ("logits", state.logits)] if x is not None}
+    return {
+        "model_id": state.model_id,
+        "n_tokens": state.n_tokens,
+        "tensors": {
+            name: {"shape": list(x.shape), "values": x.reshape(-1).astype(float).tolist()} for name, x in halves.items()
+        },
+    }
 
 
 def model_goldens(bundle: Path) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def main() -> None:
     if args.only != "model" and not args.export_only:
         write("world.json", tokenizer_goldens(WORLD, also=BROKEN))
         write("tokenizer.json", tokenizer_goldens(DEMO_TOKENIZER, also=[]))
-        print(f"half.state: {len(state_golden())} bytes", file=sys.stderr)
+        write("half.json", state_golden())
     if args.only != "tokenizers":
         from rwkv_edge import export
 

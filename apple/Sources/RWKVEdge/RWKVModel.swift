@@ -168,7 +168,10 @@ public actor RWKVModel {
             let (text, stopped) = stops.push(stream.push(token))
             if stopped || stops.isHolding || (stream.isUnfinished && !stop.isEmpty) {
                 // the state has not read this token yet
-                if mark == nil { mark = try (state: runner.snapshot(), text: "") }
+                if mark == nil {
+                    let now = try runner.snapshot()
+                    mark = (state: now, text: "")
+                }
                 mark?.text += text
             } else {
                 mark = nil
