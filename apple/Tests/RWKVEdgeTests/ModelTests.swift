@@ -75,7 +75,7 @@ final class ModelTests: XCTestCase {
             let found = try XCTUnwrap(state.tensors[name])
             XCTAssertEqual(found.shape, expected.shape, name)
             let size = max(expected.norm / Float(found.values.count).squareRoot(), 1e-3)  // of an element
-            XCTAssertLessThan(Self.difference(found.values, expected.values), 20 * Self.tolerance * size, name)
+            XCTAssertLessThan(Self.difference(found.values, expected.values), 5 * Self.tolerance * size, name)
             let norm = found.values.reduce(0) { $0 + $1 * $1 }.squareRoot()
             XCTAssertEqual(norm, expected.norm, accuracy: Self.tolerance * expected.norm + 1e-3, name)
         }

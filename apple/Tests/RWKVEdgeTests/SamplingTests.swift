@@ -24,7 +24,10 @@ final class SamplingTests: XCTestCase {
     func testFrequenciesAreTheProbabilities() throws {
         var sampler = try Sampler(Sampling(temperature: 1), seed: 1)
         var counts = [Double](repeating: 0, count: 6)
-        for _ in 0..<20_000 { counts[try sampler.choose(logits, limit: 6)] += 1 }
+        for _ in 0..<20_000 {
+            let token = try sampler.choose(logits, limit: 6)
+            counts[token] += 1
+        }
         let weights = logits.map { exp(Double($0)) }
         let total = weights.reduce(0, +)
         for i in 0..<6 { XCTAssertEqual(counts[i] / 20_000, weights[i] / total, accuracy: 0.015) }
