@@ -1,3 +1,5 @@
+#if canImport(CoreML)
+
 import CoreML
 import CryptoKit
 import Foundation
@@ -68,3 +70,5 @@ enum CompiledModels {
         }
     }
 }
+
+#endif

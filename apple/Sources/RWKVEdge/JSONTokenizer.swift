@@ -1,3 +1,5 @@
+#if canImport(Tokenizers)
+
 import Foundation
 import Hub
 import Tokenizers
@@ -101,3 +103,5 @@ private final class JSONStream: TextStream {
         return text
     }
 }
+
+#endif

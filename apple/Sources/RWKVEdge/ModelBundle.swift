@@ -1,4 +1,6 @@
-import CryptoKit
+#if canImport(CryptoKit)
+    import CryptoKit
+#endif
 import Foundation
 
 /// A bundle on disk, its manifest read and its files counted.
@@ -44,7 +46,8 @@ public struct ModelBundle: Sendable {
             }
             if let first = steps.first, compiled.contains(String(first)) { continue }  // the compiled model is what runs
             let file = url(of: name)
-            guard let bytes = try? file.resourceValues(forKeys: [.fileSizeKey]).fileSize else {
+            let attributes = try? FileManager.default.attributesOfItem(atPath: file.path)
+            guard let bytes = (attributes?[.size] as? NSNumber)?.intValue else {
                 throw RWKVError.bundle("\(name) is missing from the bundle: copy it again.")
             }
             if bytes != about.bytes {

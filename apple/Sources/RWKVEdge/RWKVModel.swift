@@ -1,3 +1,5 @@
+#if canImport(CoreML)
+
 import CoreML
 import Foundation
 
@@ -195,3 +197,5 @@ public actor RWKVModel {
         pending = try mark.text.isEmpty ? [] : tokenizer.encode(mark.text)
     }
 }
+
+#endif

@@ -1,3 +1,5 @@
+#if canImport(CoreML)
+
 import CoreML
 import Foundation
 
@@ -242,3 +244,5 @@ private final class Features: MLFeatureProvider {
         values[featureName]
     }
 }
+
+#endif

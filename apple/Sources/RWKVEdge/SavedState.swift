@@ -1,4 +1,6 @@
-import CryptoKit
+#if canImport(CryptoKit)
+    import CryptoKit
+#endif
 import Foundation
 
 /// What a model remembers, as a document: bound to its model, at any width of its weights. The file: docs/bundle.md, "State files".

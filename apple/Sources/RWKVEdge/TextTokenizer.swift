@@ -33,7 +33,12 @@ extension ModelBundle {
         guard let about = manifest.tokenizer else { return nil }
         switch about.kind {
         case "world": return try WorldTokenizer(contentsOf: url(of: about.file))
-        case "json": return try JSONTokenizer(contentsOf: url(of: about.file))
+        case "json":
+            #if canImport(Tokenizers)
+                return try JSONTokenizer(contentsOf: url(of: about.file))
+            #else
+                throw RWKVError.unsupported("A tokenizer.json needs the package swift-transformers, which is not part of this build.")
+            #endif
         default: throw RWKVError.unsupported("The tokenizer is of the kind \(about.kind), which this release does not know: update the app.")
         }
     }

@@ -1,3 +1,5 @@
+#if canImport(CoreML)
+
 import CoreML
 import Foundation
 import XCTest
@@ -165,3 +167,5 @@ final class ModelTests: XCTestCase {
         }
     }
 }
+
+#endif

@@ -1,10 +1,17 @@
-import CoreML
+#if canImport(CoreML)
+    import CoreML
+#endif
+import Foundation
 import XCTest
+
+#if canImport(CryptoKit)
+    import CryptoKit
+#endif
 
 @testable import RWKVEdge
 
 final class NumberTests: XCTestCase {
-    #if arch(arm64)
+    #if arch(arm64) || !os(macOS)
         func testHalvesAreThoseOfTheProcessor() {
             for bits in UInt16.min...UInt16.max {
                 let expected = Float16(bitPattern: bits)
@@ -27,26 +34,6 @@ final class NumberTests: XCTestCase {
         }
     #endif
 
-    func testArraysRoundTrip() throws {
-        let values: [Float] = (0..<24).map { Float($0) - 12.5 }
-        for shape in [[24], [2, 12], [1, 2, 3, 4], [24, 1], [1, 24, 1, 1]] {
-            XCTAssertEqual(try MLMultiArray.halves(values, shape: shape).floats(), values)
-        }
-        XCTAssertThrowsError(try MLMultiArray.halves(values, shape: [23]))
-    }
-
-    func testGapsBetweenRowsAreSteppedOver() throws {
-        let memory = UnsafeMutablePointer<UInt16>.allocate(capacity: 64)
-        defer { memory.deallocate() }
-        for i in 0..<64 { memory[i] = Half.bits(Float(i)) }
-        // (2, 3) where a row takes 32 elements
-        let array = try MLMultiArray(
-            dataPointer: UnsafeMutableRawPointer(memory), shape: [2, 3], dataType: .float16, strides: [32, 1], deallocator: nil)
-        XCTAssertEqual(try array.floats(), [0, 1, 2, 32, 33, 34])
-        try array.write([-1, -2, -3, -4, -5, -6])
-        XCTAssertEqual([0, 2, 3, 31, 32, 34, 35].map { Half.float(memory[$0]) }, [-1, -3, 3, 31, -4, -6, 35])
-    }
-
     func testRows() {
         let rows = Rows(shape: [2, 2, 3], strides: [100, 10, 2])
         var starts: [Int] = []
@@ -56,8 +43,44 @@ final class NumberTests: XCTestCase {
         XCTAssertThrowsError(try rows.check(114))
     }
 
-    func testTokens() throws {
-        let array = try MLMultiArray.tokens([3, 1, 65535])
-        XCTAssertEqual((0..<3).map { array[$0].intValue }, [3, 1, 65535])
+    func testSHA256() {
+        func hex(_ pieces: [Data]) -> String {
+            var hash = SHA256()
+            for piece in pieces { hash.update(data: piece) }
+            return hash.finalize().hex
+        }
+        XCTAssertEqual(hex([]), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")
+        XCTAssertEqual(hex([Data("abc".utf8)]), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+        for n in 54...66 {
+            let whole = Data(repeating: 7, count: n)
+            XCTAssertEqual(hex([whole]), hex([whole.prefix(n / 2), Data(whole.suffix(n - n / 2))]))
+        }
     }
+
+    #if canImport(CoreML)
+        func testArraysRoundTrip() throws {
+            let values: [Float] = (0..<24).map { Float($0) - 12.5 }
+            for shape in [[24], [2, 12], [1, 2, 3, 4], [24, 1], [1, 24, 1, 1]] {
+                XCTAssertEqual(try MLMultiArray.halves(values, shape: shape).floats(), values)
+            }
+            XCTAssertThrowsError(try MLMultiArray.halves(values, shape: [23]))
+        }
+
+        func testGapsBetweenRowsAreSteppedOver() throws {
+            let memory = UnsafeMutablePointer<UInt16>.allocate(capacity: 64)
+            defer { memory.deallocate() }
+            for i in 0..<64 { memory[i] = Half.bits(Float(i)) }
+            // (2, 3) where a row takes 32 elements
+            let array = try MLMultiArray(
+                dataPointer: UnsafeMutableRawPointer(memory), shape: [2, 3], dataType: .float16, strides: [32, 1], deallocator: nil)
+            XCTAssertEqual(try array.floats(), [0, 1, 2, 32, 33, 34])
+            try array.write([-1, -2, -3, -4, -5, -6])
+            XCTAssertEqual([0, 2, 3, 31, 32, 34, 35].map { Half.float(memory[$0]) }, [-1, -3, 3, 31, -4, -6, 35])
+        }
+
+        func testTokens() throws {
+            let array = try MLMultiArray.tokens([3, 1, 65535])
+            XCTAssertEqual((0..<3).map { array[$0].intValue }, [3, 1, 65535])
+        }
+    #endif
 }
