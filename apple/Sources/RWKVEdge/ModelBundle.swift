@@ -33,8 +33,8 @@ public struct ModelBundle: Sendable {
 
     /// A compiled model that an app may ship beside a package, or in its place.
     func compiledModel(of package: String) -> URL? {
-        let url = url(of: package).deletingPathExtension().appendingPathExtension("mlmodelc")
-        return FileManager.default.fileExists(atPath: url.path) ? url : nil
+        let compiled = url(of: package).deletingPathExtension().appendingPathExtension("mlmodelc")
+        return FileManager.default.fileExists(atPath: compiled.path) ? compiled : nil
     }
 
     private func checkFiles(verify: Bool) throws {

@@ -35,7 +35,10 @@
             var last = self
             let padding = (119 - rest.count) % 64
             let length = (0..<8).map { UInt8(truncatingIfNeeded: self.length >> UInt64(56 - 8 * $0)) }
-            last.update(data: Data([0x80] + [UInt8](repeating: 0, count: padding) + length))
+            var end: [UInt8] = [0x80]
+            end += [UInt8](repeating: 0, count: padding)
+            end += length
+            last.update(data: Data(end))
             let bytes = last.hash.flatMap { word in (0..<4).map { UInt8(truncatingIfNeeded: word >> UInt32(24 - 8 * $0)) } }
             return SHA256Digest(bytes: bytes)
         }

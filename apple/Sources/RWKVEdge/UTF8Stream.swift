@@ -31,12 +31,12 @@ struct UTF8Stream {
             }
             guard n < length else { return 0 }
             if n == 1 { return 1 }
-            // after four leads the second byte has a narrower range: what is out of it will never be a character
+            // After some leads the second byte has a narrower range: what is out of it will never be a character. Surrogates
+            // (ED, A0 to BF) will not either, but Python waits for their third byte, and then gives the same text.
             let second = bytes[bytes.count - n + 1]
             let range: ClosedRange<UInt8>
             switch lead {
             case 0xE0: range = 0xA0...0xBF
-            case 0xED: range = 0x80...0x9F
             case 0xF0: range = 0x90...0xBF
             case 0xF4: range = 0x80...0x8F
             default: range = 0x80...0xBF
