@@ -1,6 +1,7 @@
 #if canImport(CoreML)
 
 import CoreML
+import Foundation
 
 // Core ML may leave gaps between the rows of an array, most of all in what the Neural Engine gives. Nothing here takes an
 // array for contiguous: elements are found by strides, and bounds are checked against the bytes that are there.

@@ -142,6 +142,9 @@ final class Runner {
     func load(_ saved: SavedState?) throws {
         let saved = saved ?? first
         try saved.check(manifest)
+        if saved.tensors.values.contains(where: { tensor in tensor.values.contains { abs($0) >= 65520 } }) {
+            throw RWKVError.state("The state holds numbers beyond float16, in which this bundle computes.")
+        }
         var explicit: [String: MLFeatureValue] = [:]
         for part in parts {
             guard let graph = part.graphs["decode"] else { continue }
@@ -193,7 +196,10 @@ final class Runner {
 
     /// Where each tensor lies in a packed state: places of elements.
     private static func places(_ packed: Manifest.Packed) throws -> [String: Range<Int>] {
-        guard packed.shape.count == 3, packed.rows.values.allSatisfy({ $0.count == 2 && 0 <= $0[0] && $0[0] < $0[1] && $0[1] <= packed.shape[1] }) else {
+        let isSound = packed.shape.count == 3 && packed.rows.values.allSatisfy { range in
+            range.count == 2 && 0 <= range[0] && range[0] < range[1] && range[1] <= packed.shape[1]
+        }
+        guard isSound else {
             throw RWKVError.bundle("The manifest's packed state is not (layers, rows, width): export the bundle again.")
         }
         let (rows, width) = (packed.shape[1], packed.shape[2])
