@@ -1,0 +1,33 @@
+// swift-tools-version: 6.0
+import PackageDescription
+
+// Elsewhere than on Apple's systems there is no Core ML to run a model, but the rest, which is tokenizers, states, sampling and
+// streaming, builds and is tested there.
+#if canImport(Darwin)
+    // only for bundles with a tokenizer.json; the World vocabulary is read by code of our own
+    let dependencies: [Package.Dependency] = [
+        .package(url: "https://github.com/huggingface/swift-transformers", .upToNextMinor(from: "1.1.6"))
+    ]
+    let products: [Target.Dependency] = [
+        .product(name: "Hub", package: "swift-transformers"),
+        .product(name: "Tokenizers", package: "swift-transformers"),
+    ]
+#else
+    let dependencies: [Package.Dependency] = []
+    let products: [Target.Dependency] = []
+#endif
+
+let package = Package(
+    name: "RWKVEdge",
+    platforms: [.iOS(.v18), .macOS(.v15)],
+    products: [
+        .library(name: "RWKVEdge", targets: ["RWKVEdge"])
+    ],
+    dependencies: dependencies,
+    targets: [
+        .target(name: "RWKVEdge", dependencies: products),
+        .testTarget(name: "RWKVEdgeTests", dependencies: ["RWKVEdge"], exclude: ["Goldens"]),
+    ],
+    // Core ML's own classes are not all marked for strict checking: an actor keeps them to itself instead
+    swiftLanguageModes: [.v5]
+)

@@ -1,0 +1,107 @@
+#if canImport(Tokenizers)
+
+import Foundation
+import Hub
+import Tokenizers
+
+/// A `tokenizer.json` of the tokenizers library: byte-level BPE, as every RWKV with such a file has it.
+///
+/// swift-transformers reads it. What that package would end the app for is refused here first.
+public final class JSONTokenizer: TextTokenizer, @unchecked Sendable {
+    public let nVocab: Int
+    private let tokenizer: any Tokenizers.Tokenizer  // is not changed after it was made
+
+    public init(contentsOf file: URL) throws {
+        let name = file.lastPathComponent
+        guard let data = try? Data(contentsOf: file), let parsed = (try? JSONSerialization.jsonObject(with: data)) as? [NSString: Any],
+            let model = parsed["model"] as? [String: Any], let added = (parsed["added_tokens"] ?? [Any]()) as? [[String: Any]]
+        else {
+            throw RWKVError.tokenizer("\(name) is no tokenizer.json: copy the bundle again.")
+        }
+        guard model["type"] as? String == "BPE", Self.types(parsed["pre_tokenizer"]).contains("ByteLevel"),
+            Self.types(parsed["decoder"]) == ["ByteLevel"], let vocab = model["vocab"] as? NSDictionary, model["merges"] is [Any],
+            Set(Self.types(parsed["pre_tokenizer"])).isSubset(of: ["Sequence", "ByteLevel", "Split", "Digits", "Punctuation"])
+        else {
+            throw RWKVError.unsupported("\(name) is not a byte-level BPE, which is the kind that this package reads.")
+        }
+        let ids = vocab.allValues.compactMap { $0 as? Int } + added.compactMap { $0["id"] as? Int }
+        nVocab = 1 + (ids.max() ?? 0)
+        do {
+            // without the last, " ." would be decoded as "."
+            tokenizer = try AutoTokenizer.from(
+                tokenizerConfig: Config(["tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": false] as [NSString: Any]),
+                tokenizerData: Config(parsed))
+        } catch {
+            throw RWKVError.tokenizer("\(name) cannot be read: \(error.localizedDescription)")
+        }
+    }
+
+    public func encode(_ text: String) -> [Int] {
+        tokenizer.encode(text: text, addSpecialTokens: false)
+    }
+
+    public func decode(_ ids: [Int]) -> String {
+        tokenizer.decode(tokens: ids, skipSpecialTokens: false)
+    }
+
+    public func stream(after ids: [Int]) -> any TextStream {
+        JSONStream(self, after: ids)
+    }
+
+    /// The types of a component and, of a sequence, those of its members.
+    private static func types(_ component: Any?) -> [String] {
+        guard let about = component as? [String: Any], let type = about["type"] as? String else { return [] }
+        let members = (about["pretokenizers"] ?? about["decoders"]) as? [Any] ?? []
+        return [type] + members.flatMap { types($0) }
+    }
+}
+
+/// Decodes an id together with a few before it: some tokenizers join neighbours.
+private final class JSONStream: TextStream {
+    /// Ids that can still change how the next one reads: a character has at most four.
+    private static let window = 8
+
+    private let tokenizer: JSONTokenizer
+    private var ids: [Int]
+    /// How much of the text of `ids` was given: in scalars, which do not merge with what comes later.
+    private var nShown = 0
+    private(set) var isUnfinished = false
+
+    init(_ tokenizer: JSONTokenizer, after ids: [Int]) {
+        self.tokenizer = tokenizer
+        self.ids = Array(ids.suffix(Self.window))
+        nShown = whole().count
+    }
+
+    func push(_ id: Int) -> String {
+        ids.append(id)
+        let new = show(whole())
+        if ids.count > 2 * Self.window {
+            ids = Array(ids.suffix(Self.window))
+            nShown = whole().count
+        }
+        return new
+    }
+
+    func finish() -> String {
+        isUnfinished = false
+        return show(Array(tokenizer.decode(ids).unicodeScalars))
+    }
+
+    private func show(_ text: [Unicode.Scalar]) -> String {
+        var new = String.UnicodeScalarView()
+        new.append(contentsOf: text.dropFirst(nShown))
+        nShown = text.count
+        return String(new)
+    }
+
+    /// The text of `ids`, less what more bytes could make a character of.
+    private func whole() -> [Unicode.Scalar] {
+        var text = Array(tokenizer.decode(ids).unicodeScalars)
+        isUnfinished = text.last == "\u{FFFD}"
+        while text.last == "\u{FFFD}" { text.removeLast() }
+        return text
+    }
+}
+
+#endif

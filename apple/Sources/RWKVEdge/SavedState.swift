@@ -1,0 +1,124 @@
+#if canImport(CryptoKit)
+    import CryptoKit
+#endif
+import Foundation
+
+/// What a model remembers, as a document: bound to its model, at any width of its weights. The file: docs/bundle.md, "State files".
+public struct SavedState: Sendable, Equatable {
+    public struct Tensor: Sendable, Equatable {
+        public let shape: [Int]
+        /// Row-major; `wkv` as [head, value, key].
+        public let values: [Float]
+
+        public init(shape: [Int], values: [Float]) {
+            self.shape = shape
+            self.values = values
+        }
+    }
+
+    public let modelID: String
+    /// Tokens read so far.
+    public let nTokens: Int
+    /// `{layer}.{tensor}`
+    public let tensors: [String: Tensor]
+    /// After the last token: what going on begins with; nil where they are not known.
+    public let logits: [Float]?
+
+    static let key = "rwkv-edge state"
+
+    private struct About: Codable {
+        let modelID: String
+        let nTokens: Int
+        let sha256: String
+
+        enum CodingKeys: String, CodingKey {
+            case sha256
+            case modelID = "model_id"
+            case nTokens = "n_tokens"
+        }
+    }
+
+    init(modelID: String, nTokens: Int, tensors: [String: Tensor], logits: [Float]?) {
+        self.modelID = modelID
+        self.nTokens = nTokens
+        self.tensors = tensors
+        self.logits = logits
+    }
+
+    /// The first values that the manifest gives.
+    init(firstOf manifest: Manifest) {
+        var tensors: [String: Tensor] = [:]
+        for tensor in manifest.state {
+            let values = [Float](repeating: tensor.first, count: tensor.shape.reduce(1, *))
+            tensors[tensor.name] = Tensor(shape: tensor.shape, values: values)
+        }
+        self.init(modelID: manifest.modelID, nTokens: 0, tensors: tensors, logits: nil)
+    }
+
+    /// Read a state file of a bundle's model.
+    ///
+    /// Throws `RWKVError.state` if it is missing, damaged, no state, or of another model.
+    public init(contentsOf file: URL, manifest: Manifest) throws {
+        guard let data = try? Data(contentsOf: file) else {
+            throw RWKVError.state("\(file.lastPathComponent) is missing or cannot be read.")
+        }
+        try self.init(data, manifest: manifest, name: file.lastPathComponent)
+    }
+
+    init(_ data: Data, manifest: Manifest, name: String) throws {
+        guard let read = Safetensors(data), let text = read.metadata[Self.key],
+            let about = try? JSONDecoder().decode(About.self, from: Data(text.utf8)), about.nTokens >= 0
+        else {
+            throw RWKVError.state("\(name) is damaged or not a state file.")
+        }
+        guard about.modelID == manifest.modelID else {
+            throw RWKVError.state(
+                "\(name) belongs to another model (\(about.modelID.prefix(12))), not to this one (\(manifest.modelID.prefix(12))).")
+        }
+        guard Self.digest(read.tensors) == about.sha256 else {
+            throw RWKVError.state("\(name) is damaged: its tensors are not the ones that were saved.")
+        }
+        var tensors = read.tensors.mapValues { Tensor(shape: $0.shape, values: $0.dtype == "F16" ? $0.data.halves : $0.data.floats) }
+        let logits = tensors.removeValue(forKey: "logits")
+        self.init(modelID: about.modelID, nTokens: about.nTokens, tensors: tensors, logits: logits?.values)
+        try check(manifest)
+    }
+
+    /// Write a state file in float32, whole or not at all.
+    public func write(to file: URL) throws {
+        try encoded().write(to: file, options: .atomic)
+    }
+
+    func encoded() throws -> Data {
+        var named = tensors.mapValues { Safetensors.Tensor(dtype: "F32", shape: $0.shape, data: Data(floats: $0.values)) }
+        if let logits {
+            named["logits"] = Safetensors.Tensor(dtype: "F32", shape: [logits.count], data: Data(floats: logits))
+        }
+        let about = try JSONEncoder().encode(About(modelID: modelID, nTokens: nTokens, sha256: Self.digest(named)))
+        return try Safetensors(tensors: named, metadata: [Self.key: String(decoding: about, as: UTF8.self)]).encoded()
+    }
+
+    /// Throw `RWKVError.state` unless this is a state of the manifest's model: its tensors, their shapes, finite numbers.
+    func check(_ manifest: Manifest) throws {
+        guard modelID == manifest.modelID else {
+            throw RWKVError.state("The state belongs to another model (\(modelID.prefix(12))), not to this one (\(manifest.modelID.prefix(12))).")
+        }
+        let sound = tensors.count == manifest.state.count && manifest.state.allSatisfy { expected in
+            guard let found = tensors[expected.name], found.shape == expected.shape else { return false }
+            return found.values.count == expected.shape.reduce(1, *) && found.values.allSatisfy(\.isFinite)
+        }
+        guard sound, logits.map({ $0.count == manifest.spec.nVocab && $0.allSatisfy(\.isFinite) }) ?? true else {
+            throw RWKVError.state("The state is damaged: its tensors are not those of this model, or not finite.")
+        }
+    }
+
+    /// Over the tensors by name: the name, then the bytes.
+    private static func digest(_ tensors: [String: Safetensors.Tensor]) -> String {
+        var hash = SHA256()
+        for (name, tensor) in tensors.sorted(by: { $0.key < $1.key }) {
+            hash.update(data: Data(name.utf8))
+            hash.update(data: tensor.data)
+        }
+        return hash.finalize().hex
+    }
+}
