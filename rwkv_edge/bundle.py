@@ -38,8 +38,7 @@ class Bundle:
     @property
     def target(self) -> str:
         """What runs its graphs: "onnx" or "coreml"."""
-        target: str = self.manifest["graphs"][0]["target"]
-        return target
+        return next((str(g["target"]) for g in self.manifest["graphs"]), "onnx")
 
     @property
     def model_id(self) -> str:
