@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .qtensor import QTensor
+from .qtensor import Lut, QTensor
 
 Array = npt.NDArray[np.floating[Any]]
-Matrix = Array | QTensor
+Matrix = Array | QTensor | Lut
 
 
 class Numpy:
@@ -30,16 +30,14 @@ class Numpy:
         self.dtype: np.dtype[Any] = np.dtype(dtype)
 
     def _matrix(self, W: Matrix) -> Array:
-        return (W.dequantize() if isinstance(W, QTensor) else W).astype(self.dtype, copy=False)
+        return (W.dequantize() if isinstance(W, QTensor | Lut) else W).astype(self.dtype, copy=False)
 
     # --- matrices ---
 
     def embed(self, W: Matrix, tokens: Array) -> Array:
         """Give each token its row of W: (V, C), (T,) -> (1, T, C)."""
-        if isinstance(W, QTensor):
-            W = QTensor(W.codes[tokens], W.scales[tokens], W.bits, W.block).dequantize()
-            return W.astype(self.dtype)[None]
-        return W[tokens].astype(self.dtype)[None]
+        rows = W.take(tokens).dequantize() if isinstance(W, QTensor | Lut) else W[tokens]
+        return rows.astype(self.dtype)[None]
 
     def table_rows(self, W: Matrix, tokens: Array) -> Array:
         """The same as `embed`, of a table that stays outside a graph."""

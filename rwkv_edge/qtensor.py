@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8]
 Packed = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.integer[Any]]
 
 BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits takes
 
@@ -44,6 +46,10 @@ class QTensor:
         scales = np.repeat(self.scales, self.block, axis=1)[:, : self.codes.shape[1]]
         return np.multiply(self.codes, scales, dtype=np.float32)
 
+    def take(self, rows: Indices) -> "QTensor":
+        """Give these rows only, in this order."""
+        return QTensor(self.codes[rows], self.scales[rows], self.bits, self.block)
+
     def pack(self) -> Packed:
         """Lay the codes out as onnxruntime's MatMulNBits reads them.
 
@@ -75,6 +81,44 @@ def packed_bytes(shape: tuple[int, ...], bits: int, block: int) -> tuple[int, in
     n_out, n_in = shape
     n_blocks = -(-n_in // block)
     return n_out * n_blocks * block * bits // 8, n_out * n_blocks * 4
+
+
+@dataclass(frozen=True)
+class Lut:
+    """A matrix as indices into tables, each shared by some rows: w = table[index].
+
+    codes   (O, I) uint8, below 2**bits
+    tables  (O / rows, 2**bits) float32, of values that float16 holds; ascending
+    bits    4 or 6
+    rows    consecutive rows that share one table
+    """
+
+    codes: Packed
+    tables: Array
+    bits: int
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n_out, n_in = self.codes.shape
+        return n_out, n_in
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed indices and of the tables in float16."""
+        return -(-self.codes.size * self.bits // 8) + 2 * self.tables.size
+
+    def dequantize(self) -> Array:
+        """Give the weights that the indices stand for, (O, I) float32."""
+        w = np.empty(self.codes.shape, np.float32)
+        for i, table in enumerate(self.tables):  # one by one: numpy makes 8 bytes of every index
+            group = slice(i * self.rows, (i + 1) * self.rows)
+            w[group] = table[self.codes[group]]
+        return w
+
+    def take(self, rows: Indices) -> "Lut":
+        """Give these rows only, in this order, each with a table of its own."""
+        return Lut(self.codes[rows], self.tables[rows // self.rows], self.bits, 1)
 
 
 @dataclass(frozen=True)
