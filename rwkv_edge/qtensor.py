@@ -11,7 +11,6 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8]
 Packed = npt.NDArray[np.uint8]
-Indices = npt.NDArray[np.integer[Any]]
 
 BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits takes
 
@@ -46,7 +45,7 @@ class QTensor:
         scales = np.repeat(self.scales, self.block, axis=1)[:, : self.codes.shape[1]]
         return np.multiply(self.codes, scales, dtype=np.float32)
 
-    def take(self, rows: Indices) -> "QTensor":
+    def take(self, rows: npt.NDArray[Any]) -> "QTensor":
         """Give these rows only, in this order."""
         return QTensor(self.codes[rows], self.scales[rows], self.bits, self.block)
 
@@ -116,7 +115,7 @@ class Lut:
             w[group] = table[self.codes[group]]
         return w
 
-    def take(self, rows: Indices) -> "Lut":
+    def take(self, rows: npt.NDArray[Any]) -> "Lut":
         """Give these rows only, in this order, each with a table of its own."""
         return Lut(self.codes[rows], self.tables[rows // self.rows], self.bits, 1)
 

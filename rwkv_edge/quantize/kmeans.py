@@ -124,7 +124,7 @@ class _Sorted:
     def score(self, tables: Doubles) -> Doubles:
         """The squared error without the sum of squares of the weights, which is the same for all tables: (G,)."""
         _, W, S = self.cells(tables)
-        return np.einsum("ij,ij->i", tables, tables * W - 2 * S)
+        return np.sum(tables * (tables * W - 2 * S), axis=1, dtype=np.float64)
 
     def used(self, tables: Doubles) -> Doubles:
         """The same tables, with those values that no weight is nearest to replaced by others."""
