@@ -77,7 +77,7 @@ def recipes() -> dict[str, Recipe]:
 
         return quantize
 
-    found: dict[str, Recipe] = {"fp32": lambda w, _: (w, w.nbytes), "int8, a row": lambda w, _: int8_per_row(w)}
+    found: dict[str, Recipe] = {"matrices in fp32": lambda w, _: (w, w.nbytes), "int8, a row": lambda w, _: int8_per_row(w)}
     found["int4, blocks of 32"] = lambda w, _: int4_block_32(w)
     for bits, rows in LUTS:
         found[f"lut{bits}, {rows} rows"] = lut(bits, rows, False)
