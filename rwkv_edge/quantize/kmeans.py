@@ -19,13 +19,15 @@ Floats = npt.NDArray[np.floating[Any]]
 Doubles = npt.NDArray[np.float64]
 Places = npt.NDArray[np.intp]
 
-# How far each sweep moves borders, in distances to the next ones. After these the squared error is within 1 % (16 values) or 4 % (64) of the
-# least there is, for 256 to 2048 weights, normal or with long tails; more sweeps gain .1 %.
+# How far each sweep moves borders, in distances to the next ones. After these the squared error is within 1 % (16 values)
+# or 4 % (64) of the least there is, for 256 to 2048 weights, normal or with long tails; more sweeps gain .1 %.
 _SWEEPS = (0.8, 0.6, 0.3, 0.1)
 _MOVES = np.array([-1.0, -0.6, -0.3, 0.0, 0.3, 0.6, 1.0])
 _SAMPLES = 513  # of a group's distribution, to start from
 
-_AT_ONCE = 1 << 20  # weights: fewer cost time, in several threads above all; 30 MB
+# worked on at once: fewer cost time, in several threads above all
+_AT_ONCE = 1 << 20  # weights
+_VALUES = 1 << 14  # of all their tables
 
 
 def kmeans(w: Array, *, bits: int, rows: int, importance: Array | None = None) -> Lut:
@@ -48,7 +50,7 @@ def kmeans(w: Array, *, bits: int, rows: int, importance: Array | None = None) -
     if importance is not None and importance.any():
         weight = np.tile((importance / importance.max().astype(np.float64)).astype(np.float32), rows)
     tables, codes = np.empty((len(groups), 1 << bits), np.float32), np.empty(groups.shape, np.uint8)
-    step = max(1, _AT_ONCE // groups.shape[1])
+    step = max(1, min(_AT_ONCE // groups.shape[1], _VALUES >> bits))
     for i in range(0, len(groups), step):
         x = groups[i : i + step]
         tables[i : i + step] = _tables(x, weight, 1 << bits)
