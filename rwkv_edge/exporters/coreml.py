@@ -156,6 +156,33 @@ class Decay:
     d: Value
 
 
+@dataclass(frozen=True)
+class Change:
+    """S + d, not yet added: what is small is summed up first, and S is rounded once.
+
+    A state that is rounded to float16 after a slow decay is as it was before; together with what is written it moves.
+    """
+
+    S: Value
+    d: Value
+
+    __array_ufunc__ = None
+
+    def __add__(self, other: Value) -> "Change":
+        return Change(self.S, self.d + other)
+
+    def __sub__(self, other: Value) -> "Change":
+        return Change(self.S, self.d - other)
+
+    def __matmul__(self, other: Value) -> Value:
+        return self.made @ other
+
+    @property
+    def made(self) -> Value:
+        """The sum."""
+        return self.S + self.d
+
+
 class Mil:
     """Record operations of MIL.  Operations, their meaning and their shapes: rwkv_edge.ops.Numpy.
 
@@ -215,8 +242,6 @@ class Mil:
     def value(self, x: Any) -> Value:
         if isinstance(x, Parameter):
             return self.vector(x)
-        if isinstance(x, Decay):
-            return 1.0 - x.d
         return x if isinstance(x, Value) else Value(self, _half(x), (), constant=True)
 
     def whole(self, x: Value) -> Value:
@@ -231,10 +256,9 @@ class Mil:
         return self.op_n("split", [shape] * n, x.form, sign=x.sign, x=x, num_splits=_int(n), axis=_int(axis))
 
     def binary(self, op: str, x: Any, y: Any) -> "Value":
-        if isinstance(y, Decay) or isinstance(x, Decay):
-            a, b = (x, y) if isinstance(y, Decay) else (y, x)
-            if op == "mul" and not isinstance(a, Decay):
-                return a - a * b.d  # type: ignore[no-any-return]
+        if isinstance(y, Decay):
+            assert op == "mul", op
+            return Change(x, x * -y.d)  # type: ignore[return-value]
         a, b = self.value(x), self.value(y)
         tokens = {v.token for v in (a, b) if v.token is not None}
         if tokens and all(v.token is not None or v.constant for v in (a, b)) and len(tokens) == 1:
@@ -428,11 +452,10 @@ class Mil:
     # --- the WKV, token by token ---
 
     def each_token(self, one: Callable[..., tuple[Value, Any]], S: Any, *xs: Value) -> tuple[Value, Any]:
-        if self.T == 1:
-            return one(S, *xs)
         ys = []
         for t in range(self.T):
-            y, S = one(S, *(x if x.constant else x.like(token=t) for x in xs))
+            y, S = one(S, *(x if x.constant or self.T == 1 else x.like(token=t) for x in xs))
+            S = S.made if isinstance(S, Change) else S
             ys.append(y)
         return self.concat(ys, self.time), S
 
