@@ -371,5 +371,7 @@ class Interpreter:
         for a in op.inputs[param].arguments:
             if a.WhichOneof("binding") != "name":
                 raise BundleError(f"{self.package.path}: {op.type} holds a constant, which nothing here writes")
+            if a.name not in env and a.name not in self._ready:
+                raise BundleError(f"{self.package.path}: {op.type} takes {a.name!r}, which nothing has made before")
             found.append(env[a.name] if a.name in env else self._ready[a.name])
         return found if param == "values" else found[0]
