@@ -28,7 +28,7 @@ GOLDENS = HERE / "Tests" / "RWKVEdgeTests" / "Goldens"
 # what the demo is exported as: the name of the folder, and the options
 BUNDLES: dict[str, dict[str, str]] = {
     "ane-lut4": {"profile": "ane", "quant": "lut4"},
-    "ane-lut4-packed": {"profile": "ane", "quant": "lut4", "state": "packed"},
+    "ane-lut4-packed": {"profile": "ane", "quant": "lut4", "coreml_state": "packed"},
     "gpu-int4": {"profile": "gpu", "quant": "int4"},
 }
 PROMPT = "Once upon a time there was a little girl who lived in a house by the sea, and every morning"  # more than a chunk

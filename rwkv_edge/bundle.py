@@ -133,7 +133,7 @@ _COREML_TENSOR = {
     "rows": (None, _SIZE),
     "scales": (None, {"offset": _PLACE, "bytes": _PLACE}),
     "factor": _Real(2.0**-24, 2.0**24),
-    "method": {None, "rtn", "kmeans"},
+    "method": {None, "rtn", "kmeans", "weighted kmeans"},
 }
 _SHARE, _LOGIT = _Real(math.ulp(0), 1), _Real(-1e4, 1e4)
 _SAMPLING = {

@@ -243,6 +243,12 @@ def quantize(
     help="With coreml: the state goes in and out, or Core ML keeps it as one tensor.  [default: explicit]",
 )
 @quant_options(None, "lut4", "lut6")
+@click.option(
+    "--calibrate",
+    metavar="TEXT",
+    type=click.Path(path_type=Path),
+    help="With lut4 and lut6: a text file to measure on which inputs matter more (its first 8192 tokens).",
+)
 @lora_option
 @click.option(
     "--initial-state",
@@ -276,6 +282,7 @@ def export(
     quant: str | None,
     block: int | None,
     overrides: tuple[str, ...],
+    calibrate: Path | None,
     lora: str | None,
     initial_state: Path | None,
     wkv: str | None,
@@ -303,6 +310,10 @@ def export(
         quant=quant, block=block, overrides=overrides, force=force, wkv=wkv, tokenizer=tokenizer, template=template
     )
     options |= dict(lora=lora, initial_state=initial_state, target=target, profile=profile, coreml_state=coreml_state)
+    if calibrate:
+        from .evaluate import documents
+
+        options["calibrate"] = documents(calibrate)
     _write("exporting", quiet, functools.partial(write, checkpoint, output, **options))
 
 

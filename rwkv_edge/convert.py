@@ -5,9 +5,9 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,9 +33,10 @@ from .checkpoints.safetensors import header
 from .errors import ExportError, InputError, OutputError, QuantizeError
 from .exporters import coreml, onnx
 from .files import CODES, Record, Stored, new_directory, new_file
-from .qtensor import Plan, QTensor, Recipe
-from .quantize import COREML_QUANTS, coreml_plan, kmeans, rtn, with_half_scales
+from .qtensor import Array, Plan, QTensor, Recipe
+from .quantize import COREML_QUANTS, coreml_plan, kmeans, mean_squares, rtn, with_half_scales
 from .quantize import plan as make_plan
+from .reference import Weights
 from .runtime import State
 from .spec import Shape
 from .tokenizer import World, open_tokenizer, tokenizer_beside
@@ -44,6 +45,7 @@ Progress = Callable[[int, int], None]
 WEIGHTS = "weights.bin"
 TABLES = "deep_embed.bin"  # what a step reads a row per token of
 INITIAL_STATE = "initial_state.safetensors"
+CALIBRATION = 8192  # tokens that are read at most
 
 
 def _sampling(**settings: float) -> dict[str, float]:
@@ -158,6 +160,7 @@ def export(
     profile: str | None = None,
     coreml_state: str | None = None,
     part_bytes: int | None = None,
+    calibrate: Sequence[str] | None = None,
     tokenizer: str | Path | None = None,
     template: str | None = None,
     force: bool = False,
@@ -174,6 +177,8 @@ def export(
     profile    with coreml, the unit it is laid out for: "ane", the Neural Engine (None), or "gpu"
     coreml_state   with coreml, "explicit" (tensors in and out; None), or "packed", one tensor that Core ML keeps
     part_bytes     with coreml, split into packages of about so many; None is what the unit takes, 1 GiB with ane
+    calibrate      with lut4 and lut6, texts that the model reads first (8192 tokens at most): the larger an input is on
+                   average, the more its weights count when tables are made. It needs a tokenizer
     tokenizer  a tokenizer.json, or a World vocabulary (.txt); without it, the tokenizer.json beside the checkpoint, or what
                a Hugging Face folder has; without that, the World vocabulary for a model of its size, or else none
     template   how the model was taught to chat: "rwkv" (User: and Assistant:), or "none"; without it, rwkv with World
@@ -196,12 +201,19 @@ def export(
     verify(source)
     first = read_initial_state(initial_state, spec) if initial_state else None
     tokenizer_file, tokenizer_about = _tokenizer(source, tokenizer)
+    ids = _calibration(plan, calibrate, tokenizer_file, tokenizer_about) if calibrate is not None else []
+    if ids:
+        plan = {name: replace(r, method="weighted kmeans") if r.rows else r for name, r in plan.items()}
     if target == "coreml":
         made = _coreml_graphs(source, plan, profile or "ane", coreml_state or "explicit", part_bytes)
     else:
         made = _onnx_graphs(source, plan, wkv or "attention")
 
     with new_directory(output, replaceable=why_not_replace if force else None) as folder:
+        importance: Mapping[str, Array] = {}
+        if ids:
+            importance = mean_squares(spec, Weights(source.tensors), ids, progress=_part(progress, 0, 2))
+            progress = _part(progress, 1, 2)
         for name, content in made.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
@@ -214,7 +226,7 @@ def export(
             for name, layout in layouts.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 files.append((stack.enter_context(open(folder / name, "wb")), layout))
-            model_id = _write_tensors(source, plan, files, progress)
+            model_id = _write_tensors(source, plan, files, progress, importance)
         if first:
             State(model_id, 0, first).save(folder / INITIAL_STATE)
         tensors: dict[str, Any] = {}
@@ -248,6 +260,11 @@ def export(
         read_bundle(folder, verify=False)  # what we write, we can read
     notes = () if tokenizer_file else (f"no tokenizer.json beside {source.path.name}: the bundle takes and gives token ids",)
     return Written(output, nbytes, _bits_per_weight(source, plan), model_id, (*source.notes, *notes))
+
+
+def _part(progress: Progress | None, i: int, n: int) -> Progress | None:
+    """Progress of the i-th of n tasks as progress of all."""
+    return None if progress is None else lambda done, total: progress(i * total + done, n * total)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -352,6 +369,19 @@ def _plan(source: Checkpoint, quant: str | None, block: int | None, overrides: S
     return {name: Recipe(t.bits, t.block, t.method) for name, t in source.tensors.items()}
 
 
+def _calibration(plan: Plan, texts: Sequence[str], file: Path | None, about: Mapping[str, Any]) -> list[int]:
+    """The tokens of a calibration, every text after an end of text."""
+    if not any(r.rows for r in plan.values()):
+        raise ExportError("calibrate is for tables: give quant lut4 or lut6, with target coreml")
+    if file is None:
+        raise InputError("to calibrate takes a tokenizer, and none lies beside the checkpoint: give --tokenizer")
+    tokenizer, end = open_tokenizer(file), about["end_of_text"]
+    ids = [i for text in texts for i in ([] if end is None else [end]) + tokenizer.encode(text)]
+    if not ids:
+        raise InputError("the text to calibrate on is empty")
+    return ids[:CALIBRATION]
+
+
 def _bits_per_weight(source: Checkpoint, plan: Plan) -> float:
     nbytes = sum(plan[name].nbytes(w.shape) for name, w in source.spec.weights.items())
     return 8 * nbytes / source.spec.n_parameters
@@ -408,15 +438,18 @@ def _write_tensors(
     plan: Plan,
     files: Sequence[_File],
     progress: Progress | None,
+    importance: Mapping[str, Array] | None = None,
 ) -> str:
     """Write every tensor, in blocks of rows, to its place or, without a layout, one after the other.
+
+    importance  of the inputs of matrices that become tables, where it is known
 
     Returns  the model's id
     """
     digest, done, total = ModelId(), 0, source.spec.n_parameters
     for f, layout in files:
         if isinstance(layout, coreml.Layout):
-            for name, rows in _write_package(f, source, plan, layout):
+            for name, rows in _write_package(f, source, plan, layout, importance or {}):
                 digest.update(name, source.tensors[name].shape, rows)
                 done += rows.size
                 if progress:
@@ -452,7 +485,7 @@ def _pad(f: "BinaryIO | _Hashing", offset: int) -> None:
 
 
 def _write_package(
-    f: "BinaryIO | _Hashing", source: Checkpoint, plan: Plan, layout: "coreml.Layout"
+    f: "BinaryIO | _Hashing", source: Checkpoint, plan: Plan, layout: "coreml.Layout", importance: Mapping[str, Array]
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Write a package's weights, record after record; gives the rows as the checkpoint has them."""
     f.write(layout.head)
@@ -467,7 +500,8 @@ def _write_package(
                 f.write(s.data)
         else:
             second = []
-            for rows, data, table in _encode(source.tensors[name], plan[name], _encode_for_coreml, start, stop):
+            encode = partial(_encode_for_coreml, importance.get(name))
+            for rows, data, table in _encode(source.tensors[name], plan[name], encode, start, stop):
                 f.write(data)
                 if table is not None:
                     second.append(table)
@@ -493,12 +527,12 @@ def _encode(t: Stored, recipe: Recipe, encode: _Encode, start: int, stop: int) -
             yield pending.popleft().result()
 
 
-def _encode_for_coreml(t: Stored, recipe: Recipe, start: int, stop: int) -> _Encoded:
+def _encode_for_coreml(importance: Array | None, t: Stored, recipe: Recipe, start: int, stop: int) -> _Encoded:
     rows = t.rows(start, stop)
     assert isinstance(rows, np.ndarray)
     x = rows * np.float32(coreml.factor(t.name))
     if recipe.rows is not None:
-        data, second = coreml.pack(kmeans(x, bits=recipe.bits, rows=recipe.rows))
+        data, second = coreml.pack(kmeans(x, bits=recipe.bits, rows=recipe.rows, importance=importance))
     elif recipe.block is not None:
         data, second = coreml.pack(with_half_scales(x, rtn(x, bits=recipe.bits, block=recipe.block)))
     else:

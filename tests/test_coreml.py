@@ -20,14 +20,17 @@ from test_bundle import SCHEMA
 from rwkv_edge import mil
 from rwkv_edge.bundle import MANIFEST, dump_manifest, read_bundle, sha256_of
 from rwkv_edge.check import COREML_EXACT, check
+from rwkv_edge.checkpoints import open_checkpoint
 from rwkv_edge.cli import cli
 from rwkv_edge.convert import export
 from rwkv_edge.errors import BackendError, BundleError, CheckFailed, ExportError, InputError, QuantizeError
+from rwkv_edge.evaluate import documents
 from rwkv_edge.exporters import coreml
 from rwkv_edge.qtensor import Lut, QTensor, Recipe, pack_bits, unpack_bits
-from rwkv_edge.quantize import COREML_QUANTS, coreml_plan, rtn, with_half_scales
+from rwkv_edge.quantize import COREML_QUANTS, coreml_plan, kmeans, mean_squares, rtn, with_half_scales
 from rwkv_edge.reference import Weights, run_reference
 from rwkv_edge.runtime import open_bundle
+from rwkv_edge.tokenizer import open_tokenizer
 
 # float16 against float64 on the same weights, nats a token; measured 3e-6 on the demo model, 1e-5 to 3e-4 on random ones
 NATIVE_KL = 1e-3
@@ -110,7 +113,8 @@ def test_coremltools_computes_the_same(name, bundle):
         from coremltools.converters.mil.frontend.milproto.load import load
         from coremltools.converters.mil.mil import Builder, Function
 
-        program = load(package.model, specification_version=9, file_weights_dir=str(path / "model.mlpackage/Data/com.apple.CoreML/weights"))
+        weights_dir = str((path / "model.mlpackage" / mil.WEIGHTS).parent)
+        program = load(package.model, specification_version=9, file_weights_dir=weights_dir)
     function, ours = program.functions["decode"], mil.Interpreter(package, "decode", "native")
     rng = np.random.default_rng(0)
     given = {
@@ -412,6 +416,44 @@ def kl_of(path):
     got = loop.read(np.array(ids), every=True).astype(np.float64)
     p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (expected, got))
     return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+# --- calibration ---
+
+
+def test_tables_are_made_for_what_flows_into_them(tmp_path, bundle):
+    """Calibrated, they are what kmeans gives with the model's own mean squares, and cost less where these were measured."""
+    path = tmp_path / "b"
+    text = documents(DEMO.with_name("stories.txt"))
+    told = []
+    options = {"target": "coreml", "quant": "lut4"}
+    export(DEMO, path, calibrate=text, progress=lambda *n: told.append(n), **options)
+    assert [done / total for done, total in told] == sorted(done / total for done, total in told)
+    assert told[-1][0] == told[-1][1]
+    b, source = read_bundle(path), open_checkpoint(DEMO)
+    ids = [i for t in text for i in [0, *open_tokenizer(DEMO.with_name("tokenizer.json")).encode(t)]]
+    importance = mean_squares(source.spec, Weights(source.tensors), ids)
+    name = "blocks.2.att.output.weight"
+    expected = kmeans(source.tensors[name].read(), bits=4, rows=16, importance=importance[name])
+    np.testing.assert_array_equal(b.tensors[name].read().dequantize(), expected.dequantize())
+    assert b.tensors[name].method == "weighted kmeans"
+    assert b.tensors["emb.weight"].method == "rtn"
+    costs = [float((importance[name] * np.square(p.tensors[name].read().dequantize() - source.tensors[name].read())).sum())
+             for p in (b, read_bundle(bundle("demo", **options)))]  # fmt: skip
+    assert costs[0] < costs[1]
+    assert b.model_id == read_bundle(bundle("demo", **options)).model_id
+
+
+def test_calibrations_that_cannot_be_are_refused(tmp_path, random_pth):
+    text, output = str(DEMO.with_name("stories.txt")), str(tmp_path / "x")
+    result = CliRunner().invoke(cli, ["export", str(DEMO), "--quant", "int4", "--calibrate", text, "-o", output])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "calibrate is for tables: give quant lut4 or lut6" in result.stderr
+    with pytest.raises(InputError, match="takes a tokenizer, and none lies beside the checkpoint"):
+        export(random_pth("odd"), tmp_path / "x", target="coreml", quant="lut4", calibrate=["a"])
+    with pytest.raises(InputError, match="the text to calibrate on is empty"):
+        export(DEMO, tmp_path / "x", target="coreml", quant="lut4", calibrate=[])
+    assert not list(tmp_path.iterdir())
 
 
 # --- the runtime ---
