@@ -84,7 +84,9 @@ def bench(
     for name, n in (("n_prefill", n_prefill), ("n_decode", n_decode), ("repetitions", repetitions)):
         if n < 1:
             raise InputError(f"{name} {n} is not possible: expected 1 or more")
-    read_bundle(bundle)  # its errors are told here; and its files are in the system's cache now
+    b = read_bundle(bundle)  # its errors are told here; and its files are in the system's cache now
+    if b.target == "coreml":
+        raise InputError(f"{bundle} is a Core ML bundle, and bench measures onnxruntime: on a Mac, use apple/on_a_mac.py")
     settings = json.dumps([str(bundle), threads, n_prefill, n_decode, repetitions])
     done = subprocess.run([sys.executable, "-P", "-m", "rwkv_edge.bench", settings], capture_output=True, text=True)
     if done.returncode:

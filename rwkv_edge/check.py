@@ -160,7 +160,7 @@ def check(
     ids, first = _sample(model, n_tokens), model.first.tensors if model.first else None
     reference, state = run_reference(b.spec, Weights(b.tensors), ids, first, dtype=np.float64, half_constants=coreml)
     step()
-    single, single_state = run_reference(b.spec, Weights(b.tensors), ids, first)
+    single, single_state = run_reference(b.spec, Weights(b.tensors), ids, first, half_constants=coreml)
     rounding, state_rounding = difference(single, reference), _state_apart(single_state, state)
     limit = max(EXACT_FLOOR, EXACT_RATIO * rounding.max_abs)
     state_limit = max(STATE_FLOOR, STATE_RATIO * state_rounding)

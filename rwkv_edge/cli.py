@@ -83,6 +83,7 @@ def cli() -> None:
 force_option = click.option("-f", "--force", is_flag=True, help="Replace the output if it exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing on stderr but errors.")
+interpret_option = click.option("--interpret", is_flag=True, help="Compute Core ML bundles in numpy: slowly, but anywhere.")
 threads_option = click.option(
     "--threads", metavar="N", type=click.IntRange(1, 256), help="Threads for matrix products.  [default: every core]"
 )
@@ -375,7 +376,7 @@ def check(
 @load_state_option
 @click.option("--save-state", type=click.Path(path_type=Path), help="Write, or replace, a state file at the end.")
 @threads_option
-@click.option("--interpret", is_flag=True, help="Compute a Core ML bundle in numpy: slowly, but anywhere.")
+@interpret_option
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for every prompt.")
 @quiet_option
 def run(
@@ -469,6 +470,7 @@ def run(
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=2048, metavar="N", help="Tokens of a reply at most.")
 @sampling_options
 @load_state_option
+@interpret_option
 @threads_option
 @quiet_option
 def chat(
@@ -478,6 +480,7 @@ def chat(
     max_tokens: int,
     settings: dict[str, Any],
     load_state: Path | None,
+    interpret: bool,
     threads: int | None,
     quiet: bool,
 ) -> None:
@@ -494,7 +497,7 @@ def chat(
 
     if system and load_state:
         raise click.UsageError("--system begins a conversation, and --load-state goes on with one: leave one of them out.")
-    model, load_s = _open(bundle, threads)
+    model, load_s = _open(bundle, threads, interpret)
     if model.bundle.model_id == DEMO_MODEL and not model.bundle.manifest["prompt"]:
         raise InputError(f'{bundle} is the demo model, which can only tell stories: rwkv-edge run {bundle} "Once upon a time"')
     state = model.load_state(load_state) if load_state else None
@@ -515,6 +518,7 @@ def chat(
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="At most so many documents, or windows.  [default: all]")
 @click.option("--last-words", is_flag=True, help="How often the last word of each document is right, as LAMBADA counts.")
 @click.option("--exact", is_flag=True, help="Run the graph with exact arithmetic in place of 8-bit activations.")
+@interpret_option
 @threads_option
 @json_option
 @quiet_option
@@ -527,6 +531,7 @@ def eval_(
     limit: int | None,
     last_words: bool,
     exact: bool,
+    interpret: bool,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -548,6 +553,7 @@ def eval_(
     _refuse_alone(lora, against)
     texts = e.documents(text or DEMO.with_name("stories.txt"))
     options: dict[str, Any] = {"against": against, "lora": lora, "limit": limit, "exact": exact, "threads": threads}
+    options["interpret"] = interpret
     with progress_bar("reading", quiet) as progress:
         if last_words:
             words = e.last_words(bundles, texts, **options, progress=progress)

@@ -185,6 +185,7 @@ def evaluate(
     window: int | None = None,
     limit: int | None = None,
     exact: bool = False,
+    interpret: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -196,6 +197,7 @@ def evaluate(
     window   read windows of so many tokens, each from a zero state, instead of whole documents
     limit    at most so many documents, or windows
     exact    compute matrix products in float32 where bundles round activations to 8 bits
+    interpret  compute Core ML bundles in numpy, slowly; in float16 as their files say, or with exact in float64
     progress called with tokens done and tokens in all
 
     All models are open at once.
@@ -205,7 +207,7 @@ def evaluate(
     if window is not None and (type(window) is not int or window < 2):
         raise InputError(f"a window of {window} tokens predicts nothing: expected a whole number, 2 or more")
     _refuse_no_texts(texts, limit)
-    feeds, names, tokenizer, end_of_text = _open(bundles, against, lora, threads, exact)
+    feeds, names, tokenizer, end_of_text = _open(bundles, against, lora, threads, exact, interpret)
     read = passages(texts, tokenizer, end_of_text=end_of_text, window=window, limit=limit)
     total, done = sum(len(p.ids) - 1 for p in read), 0
     pieces, n_tokens, n_bytes = [], [], []
@@ -236,6 +238,7 @@ def last_words(
     lora: str | Path | None = None,
     limit: int | None = None,
     exact: bool = False,
+    interpret: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[WordScore, ...]:
@@ -246,7 +249,7 @@ def last_words(
     Source  arXiv 1606.06031; the counting is that of the official RWKV scripts
     """
     _refuse_no_texts(texts, limit)
-    feeds, names, tokenizer, end_of_text = _open(bundles, against, lora, threads, exact)
+    feeds, names, tokenizer, end_of_text = _open(bundles, against, lora, threads, exact, interpret)
     nll: list[list[float]] = [[] for _ in feeds]
     right: list[list[bool]] = [[] for _ in feeds]
     texts = list(texts)[:limit]
@@ -295,6 +298,7 @@ def _open(
     lora: str | Path | None,
     threads: int | None,
     exact: bool,
+    interpret: bool,
 ) -> tuple[list[Feeds], list[str], Tokenizer, int | None]:
     """What is compared, the checkpoint first, with their names; the tokenizer they share, and its end of text."""
     if not bundles:
@@ -302,6 +306,9 @@ def _open(
     models = []
     for path in bundles:
         bundle = read_bundle(path)
+        if interpret and bundle.target == "coreml":
+            models.append(Model(bundle, interpret="exact" if exact else "native"))
+            continue
         roles = [g["role"] for g in bundle.manifest["graphs"] if g["arithmetic"] == "exact"]
         models.append(Model(bundle, threads=threads, role=roles[0] if exact and roles else "run"))
     first = models[0]

@@ -9,10 +9,13 @@ Source  coremltools 9.0, proto/MIL.proto; MILBlob's StorageFormat.hpp; the opera
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import struct
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +51,28 @@ def quiet() -> Iterator[None]:
 
 @functools.cache
 def messages() -> tuple[Any, Any]:
-    """The protobuf messages MIL_pb2 and Model_pb2.
+    """The protobuf messages MIL_pb2 and Model_pb2, of coremltools; the rest of which, 4 seconds of imports, is left alone.
 
     Raises  BackendError if coremltools is missing.
     """
+    advice = "pip install 'rwkv-edge[coreml]'"
     try:
-        with quiet():
-            from coremltools.proto import MIL_pb2, Model_pb2
-    except ImportError as e:
-        raise BackendError(f"Core ML needs coremltools ({e}): pip install 'rwkv-edge[coreml]'") from e
-    return MIL_pb2, Model_pb2
+        found = importlib.util.find_spec("coremltools")
+    except ValueError:  # it stands in sys.modules, but not as a package
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise BackendError(f"Core ML needs coremltools: {advice}")
+    folder = Path(found.submodule_search_locations[0], "proto")
+    name = "_rwkv_edge_coremltools_proto"
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    try:
+        assert spec
+        assert spec.loader
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return importlib.import_module(f"{name}.MIL_pb2"), importlib.import_module(f"{name}.Model_pb2")
+    except (ImportError, OSError) as e:
+        raise BackendError(f"Core ML needs coremltools, which cannot be read here ({e}): {advice}") from e
 
 
 # --- reading a package ---
@@ -210,6 +225,7 @@ def _scaled(data: Array, scale: Array) -> Array:
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "abs": lambda x: np.abs(x),
     "add": lambda x, y: x + y,
+    "cast": lambda x, dtype: x,
     "concat": lambda values, axis, interleave: np.concatenate(values, int(axis)),
     "conv": _conv,
     "exp": lambda x: np.exp(x),
@@ -219,6 +235,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "matmul": _matmul,
     "maximum": lambda x, y: np.maximum(x, y),
     "mul": lambda x, y: x * y,
+    "read_state": lambda input: input.copy(),  # noqa: A006 (MIL's name)
     "real_div": lambda x, y: x / y,
     "reduce_max": lambda x, axes, keep_dims: x.max(tuple(axes), keepdims=bool(keep_dims)),
     "reduce_sum": lambda x, axes, keep_dims: x.sum(tuple(axes), keepdims=bool(keep_dims)),
@@ -232,12 +249,32 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "sub": lambda x, y: x - y,
     "tanh": lambda x: np.tanh(x),
     "transpose": lambda x, perm: x.transpose(tuple(perm)),
+    "write_state": lambda input, data: np.copyto(input, data),  # noqa: A006
 }
 _CONSTEXPR: dict[str, Callable[..., Array]] = {
     "constexpr_lut_to_dense": _dense,
     "constexpr_blockwise_shift_scale": _scaled,
 }
 _KEPT = 1 << 31  # bytes of weights that an interpreter keeps made ready; beyond that it makes them anew in every call
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An operation as it is run.
+
+    compute   from arguments by parameter to its result, or a list of several
+    inputs    by parameter, the name of a value, or the names of several
+    results   (name, dtype, shape)
+    constant  the same in every call
+    ended     values that no later operation takes
+    """
+
+    type: str
+    compute: Callable[..., Any]
+    inputs: dict[str, str | list[str]]
+    results: tuple[tuple[str, str, tuple[int, ...]], ...]
+    constant: bool
+    ended: tuple[str, ...]
 
 
 class Interpreter:
@@ -247,6 +284,7 @@ class Interpreter:
                 "native"  every result rounded to the type that the file declares; sums inside an operation in float32
     inputs, outputs  name -> (dtype, shape), as the model's description has them
     state       (dtype, shape) of the tensor that Core ML keeps, or None
+    types       (dtype, shape) of every value, by name
     operations  how many of each type, constants aside
 
     Raises  BundleError for a file that does not say what it should.
@@ -260,51 +298,77 @@ class Interpreter:
         if function not in functions:
             raise BundleError(f"{package.path} has no function {function!r}, only {', '.join(sorted(functions))}")
         about = next((f for f in package.model.description.functions if f.name == function), None)
-        self._function = functions[function]
-        self._block = self._function.block_specializations[self._function.opset]
-        self.inputs = {i.name: type_of(i.type) for i in self._function.inputs if i.type.WhichOneof("type") == "tensorType"}
-        states = [type_of(i.type) for i in self._function.inputs if i.type.WhichOneof("type") == "stateType"]
-        self.state = states[0] if states else None
-        self._types = {o.name: type_of(o.type) for op in self._block.operations for o in op.outputs}
-        missing = [name for name in self._block.outputs if name not in self._types]
+        said = functions[function]
+        block = said.block_specializations[said.opset]
+        self.inputs = {i.name: type_of(i.type) for i in said.inputs if i.type.WhichOneof("type") == "tensorType"}
+        states = {i.name: type_of(i.type) for i in said.inputs if i.type.WhichOneof("type") == "stateType"}
+        self._state_name, self.state = next(iter(states.items()), ("", None))
+        self.types = {o.name: type_of(o.type) for op in block.operations for o in op.outputs}
+        missing = [name for name in block.outputs if name not in self.types]
         if about is None or missing:
             raise BundleError(f"{package.path}: {function} is not described, or gives {missing} that nothing makes")
-        self.outputs = {name: self._types[name] for name in self._block.outputs}
+        self.outputs = {name: self.types[name] for name in block.outputs}
         for features, types in ((about.input, self.inputs), (about.output, self.outputs)):
-            said = {f.name: tuple(f.type.multiArrayType.shape) for f in features}
-            if said != {name: shape for name, (_, shape) in types.items()}:
+            described = {f.name: tuple(f.type.multiArrayType.shape) for f in features}
+            if described != {name: shape for name, (_, shape) in types.items()}:
                 raise BundleError(f"{package.path}: the description of {function} is not of its inputs and outputs")
         self.operations: dict[str, int] = {}
-        for op in self._block.operations:
+        for op in block.operations:
             if op.type != "const":
                 self.operations[op.type] = self.operations.get(op.type, 0) + 1
-        unknown = self.operations.keys() - _OPERATIONS.keys() - _CONSTEXPR.keys() - {"cast", "read_state", "write_state"}
+        unknown = self.operations.keys() - _OPERATIONS.keys() - _CONSTEXPR.keys()
         if unknown:
             raise BundleError(f"{package.path} has operations that nothing here writes: {', '.join(sorted(unknown))}")
-        self._plan = self._prepare()
-        self._ready: dict[str, Array] = {}
+        self._steps = self._prepare(block)
+        self._ready: dict[str, Any] = {}
         self._ready_bytes = 0
 
-    def _prepare(self) -> list[tuple[Any, tuple[str, ...]]]:
-        """Which values nobody needs after an operation."""
+    def _prepare(self, block: Any) -> list[_Step]:
+        """What is run, in order, and which values nobody needs after it."""
+        inputs: list[dict[str, str | list[str]]] = []
         last: dict[str, int] = {}
-        for n, op in enumerate(self._block.operations):
-            for argument in op.inputs.values():
-                for a in argument.arguments:
-                    if a.WhichOneof("binding") == "name":
-                        last[a.name] = n
-        last |= dict.fromkeys(self._block.outputs, len(self._block.operations))
+        for n, op in enumerate(block.operations):
+            taken: dict[str, str | list[str]] = {}
+            for param, argument in op.inputs.items() if op.type not in _CONSTEXPR else ():
+                names = [a.name for a in argument.arguments if a.WhichOneof("binding") == "name"]
+                if len(names) != len(argument.arguments) or (param != "values" and len(names) != 1):
+                    raise BundleError(f"{self.package.path}: {op.type} holds a constant, which nothing here writes")
+                taken[param] = names if param == "values" else names[0]
+                last |= dict.fromkeys(names, n)
+            inputs.append(taken)
+        last |= dict.fromkeys(block.outputs, len(block.operations))
         ends: dict[int, list[str]] = {}
         for name, n in last.items():
             ends.setdefault(n, []).append(name)
-        return [(op, tuple(ends.get(n, ()))) for n, op in enumerate(self._block.operations)]
+        return [
+            _Step(
+                op.type,
+                self._constant(op) if op.type == "const" or op.type in _CONSTEXPR else _OPERATIONS[op.type],
+                inputs[n],
+                tuple((o.name, *self.types[o.name]) for o in op.outputs),
+                op.type == "const" or op.type in _CONSTEXPR,
+                tuple(ends.get(n, ())),
+            )
+            for n, op in enumerate(block.operations)
+        ]
+
+    def _constant(self, op: Any) -> Callable[[], Any]:
+        if op.type == "const":
+            return lambda: self.package.value(op.attributes["val"])
+
+        def dense() -> Array:
+            arguments = {k: self.package.value(v.arguments[0].value) for k, v in op.inputs.items()}
+            wide = np.float64 if self.exact else np.float32
+            return _CONSTEXPR[op.type](**{k: x.astype(wide) if k in ("lut", "scale") else x for k, x in arguments.items()})
+
+        return dense
 
     def __call__(self, inputs: Mapping[str, Array], state: Array | None = None) -> dict[str, Array]:
         """Compute the outputs; a state is written in place.
 
         inputs  by name, in the shapes that are declared; in native arithmetic they are rounded to the declared type
         """
-        env: dict[str, Any] = {}
+        env = dict(self._ready)
         for name, (dtype, shape) in self.inputs.items():
             x = np.asarray(inputs[name])
             if x.shape != shape:
@@ -312,66 +376,40 @@ class Interpreter:
             env[name] = self._cast(x, dtype)
         if (self.state is None) != (state is None) or (state is not None and self.state and state.shape != self.state[1]):
             raise BundleError(f"{self.package.path}: the state is not the one that is declared, {self.state}")
-        constants = self._ready
+        if state is not None:
+            env[self._state_name] = state
         with np.errstate(all="ignore"):
-            for op, ended in self._plan:
-                if not (op.outputs and all(o.name in constants for o in op.outputs)):
-                    self._run(op, env, state)
-                for name in ended:
-                    env.pop(name, None)
-        return {name: env[name] if name in env else constants[name] for name in self._block.outputs}
+            for step in self._steps:
+                if not (step.constant and step.results[0][0] in env):
+                    self._run(step, env)
+                for name in step.ended:
+                    del env[name]
+        return {name: env[name] for name in self.outputs}
 
     def _cast(self, x: Any, dtype: str) -> Any:
         """A result rounded to the type it is declared of, and as float32 again; all floats as float64 in exact arithmetic."""
-        if isinstance(x, str):
-            return x
         if dtype not in ("fp16", "fp32"):
-            return np.asarray(x)
+            return x
         if self.exact:
             return np.asarray(x, np.float64)
         return np.asarray(x, np.float16 if dtype == "fp16" else np.float32).astype(np.float32, copy=False)
 
-    def _run(self, op: Any, env: dict[str, Any], state: Array | None) -> None:
-        if op.type == "write_state":
-            assert state is not None
-            state[...] = self._argument(op, "data", env)
-            return
-        if op.type == "read_state":
-            assert state is not None
-            results, kept = (self._cast(state.copy(), "fp16"),), False
-        elif op.type == "const":
-            results, kept = (self.package.value(op.attributes["val"]),), True
-        elif op.type in _CONSTEXPR:
-            arguments = {k: self.package.value(v.arguments[0].value) for k, v in op.inputs.items()}
-            wide = {
-                k: x.astype(np.float64 if self.exact else np.float32) if k in ("lut", "scale") else x
-                for k, x in arguments.items()
-            }
-            results, kept = (_CONSTEXPR[op.type](**wide),), True
-        elif op.type == "cast":
-            results, kept = (self._argument(op, "x", env),), False
-        else:
-            arguments = {k: self._argument(op, k, env) for k in op.inputs}
-            results, kept = _OPERATIONS[op.type](**arguments), False
-            results = results if op.type == "split" else (results,)
-        if len(results) != len(op.outputs):
-            raise BundleError(f"{op.type} gives {len(results)} results, and {len(op.outputs)} are declared")
-        for output, x in zip(op.outputs, results, strict=True):
-            dtype, shape = self._types[output.name]
-            if isinstance(x, (np.ndarray, np.generic)) and np.shape(x) != shape:
-                raise BundleError(f"{self.package.path}: {output.name} is {np.shape(x)} and declared as {shape}")
-            x = self._cast(x, dtype)
-            env[output.name] = x
-            if kept and isinstance(x, np.ndarray) and self._ready_bytes + x.nbytes <= _KEPT:
-                self._ready[output.name] = x
-                self._ready_bytes += x.nbytes
-
-    def _argument(self, op: Any, param: str, env: Mapping[str, Any]) -> Any:
-        found = []
-        for a in op.inputs[param].arguments:
-            if a.WhichOneof("binding") != "name":
-                raise BundleError(f"{self.package.path}: {op.type} holds a constant, which nothing here writes")
-            if a.name not in env and a.name not in self._ready:
-                raise BundleError(f"{self.package.path}: {op.type} takes {a.name!r}, which nothing has made before")
-            found.append(env[a.name] if a.name in env else self._ready[a.name])
-        return found if param == "values" else found[0]
+    def _run(self, step: _Step, env: dict[str, Any]) -> None:
+        try:
+            arguments = {k: [env[n] for n in v] if isinstance(v, list) else env[v] for k, v in step.inputs.items()}
+        except KeyError as e:
+            raise BundleError(f"{self.package.path}: {step.type} takes {e}, which nothing has made before") from None
+        try:
+            found = step.compute(**arguments)
+        except (ValueError, TypeError, IndexError) as e:
+            raise BundleError(f"{self.package.path}: {step.type} cannot be computed: {e}") from e
+        results = found if isinstance(found, list) else [found] if step.results else []
+        if len(results) != len(step.results):
+            raise BundleError(f"{step.type} gives {len(results)} results, and {len(step.results)} are declared")
+        for (name, dtype, shape), x in zip(step.results, results, strict=True):
+            if np.shape(x) != shape:
+                raise BundleError(f"{self.package.path}: {name} is {np.shape(x)} and declared as {shape}")
+            env[name] = x = self._cast(x, dtype)
+            if step.constant and self._ready_bytes + getattr(x, "nbytes", 0) <= _KEPT:
+                self._ready[name] = x
+                self._ready_bytes += getattr(x, "nbytes", 0)

@@ -86,8 +86,8 @@ def open_parts(bundle: Bundle, interpret: str | None) -> dict[str, list[Part]]:
     """
     if interpret is None and sys.platform != "darwin":
         raise BackendError(
-            f"{bundle.path} is a Core ML bundle, which runs on macOS 15: here --interpret (in Python interpret='native') "
-            "computes it in numpy, exactly and slowly"
+            f"{bundle.path} is a Core ML bundle, which runs on macOS 15: elsewhere run, chat and eval compute it in numpy with "
+            "--interpret, and open_bundle with interpret='native', slowly"
         )
     packages: dict[str, mil.Package] = {}
     parts: dict[str, list[Part]] = {"decode": [], "prefill": []}
