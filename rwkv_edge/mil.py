@@ -302,7 +302,8 @@ class Interpreter:
         block = said.block_specializations[said.opset]
         self.inputs = {i.name: type_of(i.type) for i in said.inputs if i.type.WhichOneof("type") == "tensorType"}
         states = {i.name: type_of(i.type) for i in said.inputs if i.type.WhichOneof("type") == "stateType"}
-        self._state_name, self.state = next(iter(states.items()), ("", None))
+        self.state: tuple[str, tuple[int, ...]] | None = next(iter(states.values()), None)
+        self._state_name = next(iter(states), "")
         self.types = {o.name: type_of(o.type) for op in block.operations for o in op.outputs}
         missing = [name for name in block.outputs if name not in self.types]
         if about is None or missing:
