@@ -507,6 +507,39 @@ def test_without_core_ml_the_interpreter_is_offered(bundle):
         open_bundle(path, interpret="fast")
 
 
+def test_a_text_is_measured_beside_other_bundles(bundle, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("Once upon a time there was a little girl who lived in a house by the sea.")
+    paths = [str(bundle("demo", quant="fp16")), str(bundle("demo", target="coreml", quant="fp16"))]
+    result = CliRunner().invoke(cli, ["eval", *paths, "--interpret", "--text", str(text), "--json"])
+    assert result.exit_code == 0, result.output
+    ours, theirs = json.loads(result.stdout)["scores"]
+    assert theirs["kl"]["value"] < 1e-4
+    assert abs(theirs["perplexity"]["value"] / ours["perplexity"]["value"] - 1) < 1e-2
+    result = CliRunner().invoke(cli, ["bench", paths[1]])
+    assert result.exit_code == 1
+    assert (
+        result.stderr
+        == f"Error: {paths[1]} is a Core ML bundle, and bench measures onnxruntime: on a Mac, use apple/on_a_mac.py\n"
+    )
+
+
+def test_the_interpreter_takes_numpy_and_coremltools_messages_alone(bundle):
+    package = bundle("odd", target="coreml", quant="lut4") / "model.mlpackage"
+    code = (
+        "import sys\n"
+        "for name in ('onnxruntime', 'onnx', 'click', 'tokenizers', 'safetensors', 'torch'): sys.modules[name] = None\n"
+        "import numpy as np\n"
+        "from pathlib import Path\n"
+        "from rwkv_edge.mil import Interpreter, Package\n"
+        f"f = Interpreter(Package(Path({str(package)!r})), 'decode')\n"
+        "out = f({n: np.zeros(shape, dtype if dtype == 'int32' else 'f4') for n, (dtype, shape) in f.inputs.items()})\n"
+        "print(out['logits'].shape, 'coremltools' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (out.stdout, out.stderr) == ("(1, 61) False\n", "")
+
+
 # --- files ---
 
 

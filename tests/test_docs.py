@@ -66,12 +66,19 @@ def test_readme_s_blocks_run_in_order(tmp_path):
     assert [done.stdout.splitlines()[-1] for kind, _, done, _ in ran if kind == "python"] == ["tokens in the state: 4"]
 
 
-def test_getting_started_s_blocks_run_in_order_and_print_what_is_shown(tmp_path):
+@pytest.mark.parametrize(
+    ("page", "first", "n_run", "n_python"),
+    [
+        ("getting-started.md", ["inspect", "export", "check", "run", "python", "eval", "bench", "chat"], 11, 7),
+        ("coreml.md", ["export", "check", "run", "python"], 1, 1),
+    ],
+)
+def test_a_page_s_blocks_run_in_order_and_print_what_is_shown(page, first, n_run, n_python, tmp_path):
     """What a model says may differ between machines; what the tools say may not, but for the numbers."""
-    ran = run_blocks("docs/getting-started.md", tmp_path)
+    ran = run_blocks(f"docs/{page}", tmp_path)
     commands = verbs(ran)
-    assert list(dict.fromkeys(commands)) == ["inspect", "export", "check", "run", "python", "eval", "bench", "chat"]
-    assert (commands.count("run"), commands.count("python")) == (11, 7)
+    assert list(dict.fromkeys(commands)) == first
+    assert (commands.count("run"), commands.count("python")) == (n_run, n_python)
     for kind, commands, done, shown in ran:
         out, err, shown = lines(done.stdout), lines(done.stderr), lines(shown)
         assert bool(out or err) == bool(shown), f"{commands} print:\n{out + err}"
@@ -101,6 +108,25 @@ def test_the_quality_benchmark_runs(tmp_path):
     done = subprocess.run(args, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^\| int[48] block \d+ .*\| (?:run|exact) \| [+-][\d.]+ % ± [\d.]+ \|", done.stdout, re.M)) == 18
+
+
+def test_the_benchmarks_of_core_ml_run(tmp_path):
+    (tmp_path / "text").write_text(text_of("README.md"))
+    lut = [
+        ROOT / "benchmarks" / "lut.py",
+        tmp_path / "text",
+        "--calibrate",
+        tmp_path / "text",
+        "--windows",
+        "2",
+        "--tokens",
+        "24",
+    ]
+    coreml = [ROOT / "benchmarks" / "coreml.py", "--tokens", "18", "--quants", "fp16"]
+    for args, rows in ((lut, 15), (coreml, 8)):
+        done = subprocess.run([sys.executable, *args], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.split("|---|\n")[1].splitlines()) == rows
 
 
 @pytest.mark.parametrize("name", ["cli.md", "api.md"])
