@@ -95,11 +95,11 @@ private final class JSONStream: TextStream {
         return String(new)
     }
 
-    /// The text of `ids`, less what more bytes could make a character of.
+    /// The text of `ids`, less a last character that more bytes could finish: one U+FFFD, as in Python. Others before it are text.
     private func whole() -> [Unicode.Scalar] {
         var text = Array(tokenizer.decode(ids).unicodeScalars)
         isUnfinished = text.last == "\u{FFFD}"
-        while text.last == "\u{FFFD}" { text.removeLast() }
+        if isUnfinished { text.removeLast() }
         return text
     }
 }
