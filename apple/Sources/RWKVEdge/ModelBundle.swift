@@ -85,6 +85,14 @@ public struct ModelBundle: Sendable {
             guard graph.state == "explicit" || (graph.state == "packed" && graph.packed != nil) else {
                 throw RWKVError.unsupported("\(graph.file) keeps its state as \(graph.state), which this release does not know: update the app.")
             }
+            if let packed = graph.packed {
+                let areRows = packed.shape.count == 3 && packed.rows.values.allSatisfy { range in
+                    range.count == 2 && 0 <= range[0] && range[0] < range[1] && range[1] <= packed.shape[1]
+                }
+                guard areRows else {
+                    throw RWKVError.bundle("The manifest's packed state is not (layers, rows, width): export the bundle again.")
+                }
+            }
             guard graph.nTokens >= 1, graph.function == "prefill" || graph.nTokens == 1 else {
                 throw RWKVError.bundle("\(graph.function) of \(graph.file) takes \(graph.nTokens) tokens: export the bundle again.")
             }
