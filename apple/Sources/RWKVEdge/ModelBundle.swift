@@ -103,19 +103,13 @@ public struct ModelBundle: Sendable {
         }
     }
 
-    /// The sha256 of a file, read in pieces.
+    /// The sha256 of a file, mapped: read in pieces, each would stay in memory until an autorelease pool is drained.
     static func sha256(of file: URL) throws -> String {
-        let handle: FileHandle
-        do {
-            handle = try FileHandle(forReadingFrom: file)
-        } catch {
+        guard let data = try? Data(contentsOf: file, options: .mappedIfSafe) else {
             throw RWKVError.bundle("\(file.lastPathComponent) cannot be read: copy the bundle again.")
         }
-        defer { try? handle.close() }
         var hash = SHA256()
-        while let piece = try handle.read(upToCount: 1 << 20), !piece.isEmpty {
-            hash.update(data: piece)
-        }
+        hash.update(data: data)
         return hash.finalize().hex
     }
 }
