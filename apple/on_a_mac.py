@@ -1,9 +1,9 @@
 """What only a Mac can tell of a Core ML bundle: whether it compiles, what it computes there, where, and how fast.
 
     pip install coremltools==9.0 numpy
-    python on_a_mac.py story-ane                         a bundle, on CPU_ONLY, ALL and CPU_AND_NE
-    python on_a_mac.py build/apple-bundles/ane-lut4 --golden Tests/RWKVEdgeTests/Goldens/ane-lut4.json
-    python on_a_mac.py story-ane --json report.json      the same as data
+    python apple/on_a_mac.py story-ane                         a bundle, on CPU_ONLY, ALL and CPU_AND_NE
+    python apple/on_a_mac.py build/apple-bundles/ane-lut4 --golden apple/Tests/RWKVEdgeTests/Goldens/ane-lut4.json
+    python apple/on_a_mac.py story-ane --json report.json      the same as data
 
 It needs macOS 15, Xcode's command line tools, coremltools and numpy, and nothing of rwkv-edge. It exits with 1 if a package
 does not compile or run, and with 3 if two compute units, or one and the golden file, differ by more than --tolerance of the

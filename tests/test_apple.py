@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+from rwkv_edge import export
 from rwkv_edge.tokenizer import WORLD
 
 APPLE = Path(__file__).parent.parent / "apple"
@@ -38,6 +39,23 @@ def test_the_goldens_of_the_state_are_those_that_the_script_makes(tmp_path, monk
     monkeypatch.setattr(goldens, "GOLDENS", tmp_path)
     assert goldens.state_golden() == json.loads((committed / "half.json").read_text())
     assert (tmp_path / "half.state").read_bytes() == (committed / "half.state").read_bytes()
+
+
+def test_the_golden_of_a_model_is_the_one_that_the_script_makes(tmp_path):
+    bundle = tmp_path / "ane-lut4"
+    export(goldens.DEMO, bundle, target="coreml", **goldens.BUNDLES["ane-lut4"])
+    found, expected = goldens.model_goldens(bundle), json.loads((goldens.GOLDENS / "ane-lut4.json").read_text())
+    assert {**found, "steps": 0, "state": 0, "deviation": 0} == {**expected, "steps": 0, "state": 0, "deviation": 0}
+    assert found["deviation"] == pytest.approx(expected["deviation"], abs=0.02)
+    assert [s["argmax"] for s in found["steps"]] == [s["argmax"] for s in expected["steps"]]
+    for one, other in zip(found["steps"], expected["steps"], strict=True):
+        assert one["logits"] == pytest.approx(other["logits"], abs=0.02)
+    one, other = found["state"], expected["state"]
+    assert one["n_tokens"] == other["n_tokens"]
+    assert one["tensors"].keys() == other["tensors"].keys()
+    for name, tensor in one["tensors"].items():
+        assert tensor["shape"] == other["tensors"][name]["shape"]
+        assert tensor["values"] == pytest.approx(other["tensors"][name]["values"], abs=0.02)
 
 
 # --- a made-up model: two layers, whose state is a running sum; the logits are of the sums and the token ---

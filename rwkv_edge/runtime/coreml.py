@@ -68,7 +68,7 @@ class Predicted:
         return self._model.make_state()
 
     def put(self, kept: Any, x: Array) -> None:
-        kept.write_state("state", x.astype(np.float16))
+        kept.write_state("state", x.astype(np.float32))  # coremltools takes no float16 here, and Core ML converts
 
     def get(self, kept: Any) -> Array:
         return np.asarray(kept.read_state("state"))

@@ -24,6 +24,10 @@ public final class JSONTokenizer: TextTokenizer, @unchecked Sendable {
         else {
             throw RWKVError.unsupported("\(name) is not a byte-level BPE, which is the kind that this package reads.")
         }
+        // that package ends the app at a byte without a token; C0, C1 and F5 to FF are in no text
+        guard Self.alphabet.allSatisfy({ vocab.object(forKey: $0) != nil }) else {
+            throw RWKVError.unsupported("\(name) has no token for some bytes, which this package cannot leave out.")
+        }
         let ids = vocab.allValues.compactMap { $0 as? Int } + added.compactMap { $0["id"] as? Int }
         nVocab = 1 + (ids.max() ?? 0)
         do {
@@ -46,6 +50,12 @@ public final class JSONTokenizer: TextTokenizer, @unchecked Sendable {
 
     public func stream(after ids: [Int]) -> any TextStream {
         JSONStream(self, after: ids)
+    }
+
+    /// What byte-level BPE writes for the bytes of UTF-8: printable ones of Latin-1 as they are, the others from U+0100 on.
+    private static var alphabet: [String] {
+        let kept = [33...126, 161...172, 174...191, 194...244].flatMap { Array($0) }
+        return (kept + Array(256...323)).compactMap { Unicode.Scalar($0).map(String.init) }
     }
 
     /// The types of a component and, of a sequence, those of its members.
@@ -95,11 +105,11 @@ private final class JSONStream: TextStream {
         return String(new)
     }
 
-    /// The text of `ids`, less what more bytes could make a character of.
+    /// The text of `ids`, less a last character that more bytes could finish: one U+FFFD, as in Python. Others before it are text.
     private func whole() -> [Unicode.Scalar] {
         var text = Array(tokenizer.decode(ids).unicodeScalars)
         isUnfinished = text.last == "\u{FFFD}"
-        while text.last == "\u{FFFD}" { text.removeLast() }
+        if isUnfinished { text.removeLast() }
         return text
     }
 }

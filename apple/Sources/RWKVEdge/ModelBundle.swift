@@ -85,6 +85,14 @@ public struct ModelBundle: Sendable {
             guard graph.state == "explicit" || (graph.state == "packed" && graph.packed != nil) else {
                 throw RWKVError.unsupported("\(graph.file) keeps its state as \(graph.state), which this release does not know: update the app.")
             }
+            if let packed = graph.packed {
+                let areRows = packed.shape.count == 3 && packed.rows.values.allSatisfy { range in
+                    range.count == 2 && 0 <= range[0] && range[0] < range[1] && range[1] <= packed.shape[1]
+                }
+                guard areRows else {
+                    throw RWKVError.bundle("The manifest's packed state is not (layers, rows, width): export the bundle again.")
+                }
+            }
             guard graph.nTokens >= 1, graph.function == "prefill" || graph.nTokens == 1 else {
                 throw RWKVError.bundle("\(graph.function) of \(graph.file) takes \(graph.nTokens) tokens: export the bundle again.")
             }
@@ -95,19 +103,13 @@ public struct ModelBundle: Sendable {
         }
     }
 
-    /// The sha256 of a file, read in pieces.
+    /// The sha256 of a file, mapped: read in pieces, each would stay in memory until an autorelease pool is drained.
     static func sha256(of file: URL) throws -> String {
-        let handle: FileHandle
-        do {
-            handle = try FileHandle(forReadingFrom: file)
-        } catch {
+        guard let data = try? Data(contentsOf: file, options: .mappedIfSafe) else {
             throw RWKVError.bundle("\(file.lastPathComponent) cannot be read: copy the bundle again.")
         }
-        defer { try? handle.close() }
         var hash = SHA256()
-        while let piece = try handle.read(upToCount: 1 << 20), !piece.isEmpty {
-            hash.update(data: piece)
-        }
+        hash.update(data: data)
         return hash.finalize().hex
     }
 }

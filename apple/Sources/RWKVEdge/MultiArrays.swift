@@ -57,7 +57,8 @@ extension MLMultiArray {
         return values
     }
 
-    /// Fill a float16 array with elements in row-major order.
+    /// Fill a float16 array with elements in row-major order. What is beyond float16 becomes its largest number, as in Python: a state
+    /// of another runtime may hold it.
     func write(_ values: [Float]) throws {
         guard dataType == .float16, values.count == count else {
             throw RWKVError.model("An array of \(count) elements cannot take \(values.count) in float16.")
@@ -70,7 +71,7 @@ extension MLMultiArray {
             var next = 0
             rows.forEach { start in
                 for i in 0..<rows.length {
-                    items[start + i * rows.step] = Half.bits(values[next])
+                    items[start + i * rows.step] = Half.bits(min(max(values[next], -65504), 65504))
                     next += 1
                 }
             }

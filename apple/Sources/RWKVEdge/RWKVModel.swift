@@ -68,23 +68,22 @@ public actor RWKVModel {
 
     /// Read tokens on top of what was read before: the logits that follow.
     public func feed(_ ids: [Int]) async throws -> [Float] {
-        try await wait()
-        isBusy = true
+        try await begin()
         defer { isBusy = false }
         return try await read(ids)
     }
 
     /// Forget everything: the next text begins from the start.
     public func reset() async throws {
-        try await wait()
+        try await begin()
+        defer { isBusy = false }
         try runner.load(nil)
         pending = []
     }
 
     /// Copy out what the model remembers.
     public func state() async throws -> SavedState {
-        try await wait()
-        isBusy = true
+        try await begin()
         defer { isBusy = false }
         if !pending.isEmpty { _ = try await read([]) }
         return try runner.save()
@@ -92,7 +91,8 @@ public actor RWKVModel {
 
     /// Go on from a state of this model, whatever the width of the weights that made it.
     public func restore(_ state: SavedState) async throws {
-        try await wait()
+        try await begin()
+        defer { isBusy = false }
         try runner.load(state)
         pending = []
     }
@@ -109,8 +109,10 @@ public actor RWKVModel {
 
     // MARK: - One thing at a time
 
-    private func wait() async throws {
-        while isBusy { try await Task.sleep(nanoseconds: 2_000_000) }
+    /// Wait until nothing else is being done, and take the turn; `isBusy = false` gives it back.
+    private func begin() async throws {
+        while isBusy { try await Task.sleep(for: .milliseconds(2)) }
+        isBusy = true
     }
 
     /// Read what is pending and these tokens: all of them, or on a failure or a cancellation none.
@@ -151,8 +153,7 @@ public actor RWKVModel {
         var stops = try StopTexts(stop)
         let limit = min(tokenizer.nVocab, bundle.manifest.spec.nVocab)  // rows beyond only fill the table
         let ids = try tokenizer.encode(prompt)
-        try await wait()
-        isBusy = true
+        try await begin()
         defer { isBusy = false }
         var logits = try await read(ids)
         let stream = tokenizer.stream(after: ids)

@@ -5,12 +5,16 @@ import Foundation
 
 /// Runs the step of a bundle: tokens in, logits and a state out. For one task at a time; `RWKVModel` sees to that.
 final class Runner {
+    private struct Function {
+        let graph: Manifest.Graph
+        let model: MLModel
+    }
+
     /// A package: its two functions, and its share of the state where that is packed.
     private struct Part {
-        let decode: MLModel
-        let prefill: MLModel
-        let graphs: [String: Manifest.Graph]
-        let packed: MLState?
+        let decode: Function
+        let prefill: Function
+        let packed: (state: MLState, about: Manifest.Packed)?
     }
 
     /// A state that can be gone back to.
@@ -38,23 +42,19 @@ final class Runner {
     let chunk: Int
 
     init(_ bundle: ModelBundle, units: MLComputeUnits, cache: URL?) async throws {
-        let manifest = bundle.manifest
-        self.manifest = manifest
+        manifest = bundle.manifest
+        let graphs = manifest.graphs.sorted { $0.part < $1.part }
         var parts: [Part] = []
-        for number in 1...max(manifest.graphs.map(\.part).max() ?? 1, 1) {
-            var graphs: [String: Manifest.Graph] = [:]
-            for graph in manifest.graphs where graph.part == number { graphs[graph.function] = graph }
-            guard let graph = graphs["decode"] else {
-                throw RWKVError.bundle("Part \(number) of the model has no function decode: export the bundle again.")
-            }
-            let decode = try await CompiledModels.load(graph.file, function: "decode", of: bundle, units: units, cache: cache)
-            let prefill = try await CompiledModels.load(graph.file, function: "prefill", of: bundle, units: units, cache: cache)
+        // of every part there is one of each: ModelBundle has looked
+        for (decode, prefill) in zip(graphs.filter { $0.function == "decode" }, graphs.filter { $0.function == "prefill" }) {
+            let one = try await CompiledModels.load(decode.file, function: "decode", of: bundle, units: units, cache: cache)
+            let many = try await CompiledModels.load(prefill.file, function: "prefill", of: bundle, units: units, cache: cache)
             // made once, used by both functions: the memory of a text is one
-            let packed = graph.packed == nil ? nil : decode.makeState()
-            parts.append(Part(decode: decode, prefill: prefill, graphs: graphs, packed: packed))
+            let packed = decode.packed.map { (state: one.makeState(), about: $0) }
+            parts.append(Part(decode: Function(graph: decode, model: one), prefill: Function(graph: prefill, model: many), packed: packed))
         }
         self.parts = parts
-        chunk = manifest.graphs.filter { $0.function == "prefill" }.map(\.nTokens).min() ?? 1
+        chunk = parts[0].prefill.graph.nTokens
         if let name = manifest.initialState {
             first = try SavedState(contentsOf: bundle.url(of: name), manifest: manifest)
         } else {
@@ -68,17 +68,13 @@ final class Runner {
         if let wrong = tokens.first(where: { !(0..<manifest.spec.nVocab).contains($0) }) {
             throw RWKVError.input("Token \(wrong) is outside the vocabulary of 0 to \(manifest.spec.nVocab - 1).")
         }
-        guard tokens.count == 1 || tokens.count == chunk else {
-            throw RWKVError.input("A step reads 1 or \(chunk) tokens, not \(tokens.count).")
-        }
         try autoreleasepool { () -> Void in
-            let ids = try MLMultiArray.tokens(tokens)
             // what goes from part to part
-            var passed = ["tokens": MLFeatureValue(multiArray: ids)]
+            var passed = ["tokens": MLFeatureValue(multiArray: try MLMultiArray.tokens(tokens))]
             var state: [String: MLFeatureValue] = [:]
             for part in parts {
-                let isDecode = tokens.count == 1
-                guard let graph = part.graphs[isDecode ? "decode" : "prefill"] else { continue }
+                let function = tokens.count == 1 ? part.decode : part.prefill
+                let graph = function.graph
                 var inputs: [String: MLFeatureValue] = [:]
                 for input in graph.inputs {
                     guard let value = explicit[input.name] ?? passed[input.name] else {
@@ -86,7 +82,7 @@ final class Runner {
                     }
                     inputs[input.name] = value
                 }
-                let given = try predict(isDecode ? part.decode : part.prefill, Features(inputs), part.packed)
+                let given = try predict(function.model, inputs, part.packed?.state)
                 for output in graph.outputs {
                     guard let value = given.featureValue(for: output.name) else {
                         throw RWKVError.model("\(graph.file) gave no \(output.name).")
@@ -99,12 +95,8 @@ final class Runner {
                     }
                 }
             }
-            guard let last = passed["logits"]?.multiArrayValue else {
-                throw RWKVError.model("The model gave no logits.")
-            }
-            let read = try last.floats()
-            guard read.count == manifest.spec.nVocab, state.count == explicit.count else {
-                throw RWKVError.model("The model gave \(read.count) logits, expected \(manifest.spec.nVocab).")
+            guard let read = try passed["logits"]?.multiArrayValue?.floats(), read.count == manifest.spec.nVocab, state.count == explicit.count else {
+                throw RWKVError.model("The model did not give the logits and the state that the manifest promises.")
             }
             // together, and only now: what fails above leaves an explicit state as it was
             explicit = state
@@ -113,12 +105,13 @@ final class Runner {
         }
     }
 
-    private func predict(_ model: MLModel, _ inputs: Features, _ state: MLState?) throws -> MLFeatureProvider {
+    private func predict(_ model: MLModel, _ inputs: [String: MLFeatureValue], _ state: MLState?) throws -> MLFeatureProvider {
         do {
+            let given = try MLDictionaryFeatureProvider(dictionary: inputs)
             if let state {
-                return try model.prediction(from: inputs, using: state)
+                return try model.prediction(from: given, using: state)
             }
-            return try model.prediction(from: inputs)
+            return try model.prediction(from: given)
         } catch {
             throw RWKVError.model("Core ML failed: \(error.localizedDescription)")
         }
@@ -127,12 +120,11 @@ final class Runner {
     // MARK: - State
 
     func snapshot() throws -> Snapshot {
-        let packed = try parts.compactMap { try Self.read($0.packed, $0.graphs) }
-        return Snapshot(explicit: explicit, packed: packed, nTokens: nTokens, logits: logits)
+        Snapshot(explicit: explicit, packed: try parts.compactMap { try read($0) }, nTokens: nTokens, logits: logits)
     }
 
     func restore(_ snapshot: Snapshot) throws {
-        for (part, values) in zip(parts, snapshot.packed) { try Self.write(values, part.packed, part.graphs) }
+        for (part, values) in zip(parts, snapshot.packed) { try write(values, part) }
         explicit = snapshot.explicit
         nTokens = snapshot.nTokens
         logits = snapshot.logits
@@ -142,23 +134,22 @@ final class Runner {
     func load(_ saved: SavedState?) throws {
         let saved = saved ?? first
         try saved.check(manifest)
-        if saved.tensors.values.contains(where: { tensor in tensor.values.contains { abs($0) >= 65520 } }) {
-            throw RWKVError.state("The state holds numbers beyond float16, in which this bundle computes.")
+        func values(_ name: String, _ count: Int) throws -> [Float] {
+            guard let tensor = saved.tensors[name], tensor.values.count == count else {
+                throw RWKVError.bundle("\(name) is not in the manifest's state, or of another size there: export the bundle again.")
+            }
+            return tensor.values
         }
         var explicit: [String: MLFeatureValue] = [:]
         for part in parts {
-            guard let graph = part.graphs["decode"] else { continue }
-            if let packed = graph.packed {
-                try Self.write(Self.pack(saved, packed), part.packed, part.graphs)
-            } else {
-                // filled by hand, with zeros too: a new array holds whatever was there before
-                for input in graph.inputs where input.name.hasPrefix("state_") {
-                    guard let tensor = saved.tensors[Self.tensorName(input.name)], tensor.values.count == input.shape.reduce(1, *) else {
-                        throw RWKVError.bundle("\(input.name) of \(graph.file) is not in the manifest's state: export the bundle again.")
-                    }
-                    let array = try MLMultiArray.halves(tensor.values, shape: input.shape)
-                    explicit[input.name] = MLFeatureValue(multiArray: array)
-                }
+            if let about = part.packed?.about {
+                var whole = [Float](repeating: 0, count: about.shape.reduce(1, *))
+                for (name, range) in Self.places(about) { whole.replaceSubrange(range, with: try values(name, range.count)) }
+                try write(whole, part)
+            }
+            for input in part.decode.graph.inputs where input.name.hasPrefix("state_") {
+                let elements = try values(Self.tensorName(input.name), input.shape.reduce(1, *))
+                explicit[input.name] = MLFeatureValue(multiArray: try MLMultiArray.halves(elements, shape: input.shape))
             }
         }
         self.explicit = explicit
@@ -168,21 +159,14 @@ final class Runner {
 
     /// Copy the state out, as a state file has it.
     func save() throws -> SavedState {
-        var tensors: [String: SavedState.Tensor] = [:]
-        var shapes: [String: [Int]] = [:]
-        for tensor in manifest.state { shapes[tensor.name] = tensor.shape }
-        for (input, value) in explicit {
-            let name = Self.tensorName(input)
-            guard let array = value.multiArrayValue, let shape = shapes[name] else { continue }
-            tensors[name] = SavedState.Tensor(shape: shape, values: try array.floats())
-        }
+        var values: [String: [Float]] = [:]
+        for (input, value) in explicit { values[Self.tensorName(input)] = try value.multiArrayValue?.floats() }
         for part in parts {
-            guard let packed = part.graphs["decode"]?.packed, let values = try Self.read(part.packed, part.graphs) else { continue }
-            for (name, range) in try Self.places(packed) {
-                guard let shape = shapes[name], range.upperBound <= values.count else { continue }
-                tensors[name] = SavedState.Tensor(shape: shape, values: Array(values[range]))
-            }
+            guard let about = part.packed?.about, let whole = try read(part) else { continue }
+            for (name, range) in Self.places(about) { values[name] = Array(whole[range]) }
         }
+        var tensors: [String: SavedState.Tensor] = [:]
+        for tensor in manifest.state { tensors[tensor.name] = SavedState.Tensor(shape: tensor.shape, values: values[tensor.name] ?? []) }
         let saved = SavedState(modelID: manifest.modelID, nTokens: nTokens, tensors: tensors, logits: nTokens > 0 ? logits : nil)
         try saved.check(manifest)
         return saved
@@ -195,59 +179,30 @@ final class Runner {
     }
 
     /// Where each tensor lies in a packed state: places of elements.
-    private static func places(_ packed: Manifest.Packed) throws -> [String: Range<Int>] {
-        let isSound = packed.shape.count == 3 && packed.rows.values.allSatisfy { range in
-            range.count == 2 && 0 <= range[0] && range[0] < range[1] && range[1] <= packed.shape[1]
-        }
-        guard isSound else {
-            throw RWKVError.bundle("The manifest's packed state is not (layers, rows, width): export the bundle again.")
-        }
+    private static func places(_ packed: Manifest.Packed) -> [String: Range<Int>] {
         let (rows, width) = (packed.shape[1], packed.shape[2])
         var places: [String: Range<Int>] = [:]
         for layer in 0..<packed.shape[0] {
             for (name, range) in packed.rows {
-                let start = layer * rows
-                places["\(packed.firstLayer + layer).\(name)"] = (start + range[0]) * width..<(start + range[1]) * width
+                places["\(packed.firstLayer + layer).\(name)"] = (layer * rows + range[0]) * width..<(layer * rows + range[1]) * width
             }
         }
         return places
     }
 
-    private static func pack(_ saved: SavedState, _ packed: Manifest.Packed) throws -> [Float] {
-        let ranges = try places(packed)
-        var values = [Float](repeating: 0, count: packed.shape.reduce(1, *))
-        for (name, range) in ranges {
-            guard let tensor = saved.tensors[name], tensor.values.count == range.count else {
-                throw RWKVError.bundle("\(name) of the packed state is not in the manifest's state: export the bundle again.")
-            }
-            values.replaceSubrange(range, with: tensor.values)
+    /// A part's packed state; nil where it is explicit.
+    private func read(_ part: Part) throws -> [Float]? {
+        guard let (state, about) = part.packed else { return nil }
+        let values = try state.withMultiArray(for: about.name) { try $0.floats() }
+        guard values.count == about.shape.reduce(1, *) else {
+            throw RWKVError.model("The packed state has \(values.count) elements, expected the shape \(about.shape).")
         }
         return values
     }
 
-    private static func read(_ state: MLState?, _ graphs: [String: Manifest.Graph]) throws -> [Float]? {
-        guard let state, let name = graphs["decode"]?.packed?.name else { return nil }
-        return try state.withMultiArray(for: name) { try $0.floats() }
-    }
-
-    private static func write(_ values: [Float], _ state: MLState?, _ graphs: [String: Manifest.Graph]) throws {
-        guard let state, let name = graphs["decode"]?.packed?.name else { return }
-        try state.withMultiArray(for: name) { try $0.write(values) }
-    }
-}
-
-/// What one call takes. Outputs of the call before are handed over as they are.
-private final class Features: MLFeatureProvider {
-    private let values: [String: MLFeatureValue]
-
-    init(_ values: [String: MLFeatureValue]) {
-        self.values = values
-    }
-
-    var featureNames: Set<String> { Set(values.keys) }
-
-    func featureValue(for featureName: String) -> MLFeatureValue? {
-        values[featureName]
+    private func write(_ values: [Float], _ part: Part) throws {
+        guard let (state, about) = part.packed else { return }
+        try state.withMultiArray(for: about.name) { try $0.write(values) }
     }
 }
 

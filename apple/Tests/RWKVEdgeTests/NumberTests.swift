@@ -64,6 +64,7 @@ final class NumberTests: XCTestCase {
                 XCTAssertEqual(try MLMultiArray.halves(values, shape: shape).floats(), values)
             }
             XCTAssertThrowsError(try MLMultiArray.halves(values, shape: [23]))
+            XCTAssertEqual(try MLMultiArray.halves([1e30, -1e30, 65519], shape: [3]).floats(), [65504, -65504, 65504])
         }
 
         func testGapsBetweenRowsAreSteppedOver() throws {

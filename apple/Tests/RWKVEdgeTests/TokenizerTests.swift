@@ -44,6 +44,14 @@ final class TokenizerTests: XCTestCase {
                 check(tokenizer, one)
             }
         }
+
+        func testATokenizerWithoutAByteIsRefused() throws {
+            let whole = try String(contentsOf: Goldens.demoTokenizer, encoding: .utf8)
+            let file = FileManager.default.temporaryDirectory.appendingPathComponent("\(UUID().uuidString).json")
+            defer { try? FileManager.default.removeItem(at: file) }
+            try whole.replacingOccurrences(of: "\"\u{143}\":", with: "\"<none>\":").write(to: file, atomically: true, encoding: .utf8)
+            assertThrows("no token for some bytes") { try JSONTokenizer(contentsOf: file) }
+        }
     #endif
 
     /// Compare by scalars: `==` of Swift takes different code points for equal where they look the same.
