@@ -380,6 +380,12 @@ def test_float16_needs_the_formula(formula, tmp_path, monkeypatch):
         assert not kl_of(export_of(tmp_path / "without", change)) < more * cost
 
 
+def test_the_smallest_removal_keys_are_divided_too(tmp_path):
+    """Their largest is below float16's normal numbers, and what it is divided by is not."""
+    path = export_of(tmp_path, changed(att__k_k=3e-3, att__key__weight=3e-3))
+    assert check(path, n_tokens=32).ok
+
+
 def test_rwkv_4_begins_with_a_number(monkeypatch, tmp_path):
     """In float16 -1e30 is an infinity, which not every unit computes with; beside zero a small first key vanishes: 0 / 0."""
     w = factory.weights(**factory.BEFORE_7["v4"])

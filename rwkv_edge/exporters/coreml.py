@@ -415,13 +415,14 @@ class Mil:
         return (x * self.vector(weight) + self.vector(bias)).like(form="packed")
 
     def l2_normalize(self, x: Value, *, eps: float) -> Value:
-        """Divided by the largest first: the sum of squares is then from 1 to N, and eps has nothing left to do."""
+        """Divided by the largest first: the sum of squares is then from 1 to N, and eps has nothing left to do. Where
+        the largest is below float16's normal numbers, the sum is below 1, and still divides as it should."""
         x = self.unpack(x)
         axes, shape = _ints((self.within_head,)), self._reduced(x)
         largest = self.op("reduce_max", shape, "column", x=self.unary("abs", x), axes=axes, keep_dims=_bool(True))
         x = x / self.binary("maximum", largest, _TINY)
         total = self.op("reduce_sum", shape, "column", x=self.unary("square", x), axes=axes, keep_dims=_bool(True))
-        return x / self.unary("sqrt", self.binary("maximum", total, 1.0))
+        return x / self.unary("sqrt", self.binary("maximum", total, _TINY))
 
     def sum(self, x: Value) -> Value:
         x = self.unpack(x)
@@ -484,7 +485,7 @@ class Mil:
     deep_embed: Value  # set by `record`
 
 
-_TINY = 2.0**-24  # the smallest number of float16
+_TINY = 2.0**-14  # the smallest normal number of float16: a unit may take those below as 0
 
 
 def _sign(x: Any) -> int:
