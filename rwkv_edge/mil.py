@@ -284,6 +284,7 @@ class Interpreter:
                 "native"  every result rounded to the type that the file declares; sums inside an operation in float32
     inputs, outputs  name -> (dtype, shape), as the model's description has them
     state       (dtype, shape) of the tensor that Core ML keeps, or None
+    state_name  its name
     types       (dtype, shape) of every value, by name
     operations  how many of each type, constants aside
 
@@ -303,7 +304,7 @@ class Interpreter:
         self.inputs = {i.name: type_of(i.type) for i in said.inputs if i.type.WhichOneof("type") == "tensorType"}
         states = {i.name: type_of(i.type) for i in said.inputs if i.type.WhichOneof("type") == "stateType"}
         self.state: tuple[str, tuple[int, ...]] | None = next(iter(states.values()), None)
-        self._state_name = next(iter(states), "")
+        self.state_name = next(iter(states), "")
         self.types = {o.name: type_of(o.type) for op in block.operations for o in op.outputs}
         missing = [name for name in block.outputs if name not in self.types]
         if about is None or missing:
@@ -378,7 +379,7 @@ class Interpreter:
         if (self.state is None) != (state is None) or (state is not None and self.state and state.shape != self.state[1]):
             raise BundleError(f"{self.package.path}: the state is not the one that is declared, {self.state}")
         if state is not None:
-            env[self._state_name] = state
+            env[self.state_name] = state
         with np.errstate(all="ignore"):
             for step in self._steps:
                 if not (step.constant and step.results[0][0] in env):

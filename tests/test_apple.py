@@ -91,7 +91,7 @@ def _manifest(*, packed: bool, parts: int) -> dict:
             }
             if packed:
                 rows = {"att_x": [0, 1]}
-                graph["packed"] = {"name": "state", "shape": [len(owned), 1, C], "first_layer": owned[0], "rows": rows}
+                graph["packed"] = {"name": "rwkv_state", "shape": [len(owned), 1, C], "first_layer": owned[0], "rows": rows}
             graphs.append(graph)
     state = [{"name": f"{i}.att_x", "shape": [C], "dtype": "float32", "first": 0.5} for i in range(2)]
     spec = {"version": "7", "n_vocab": V}
@@ -105,12 +105,12 @@ class _State:
         self.array = np.full(shape, np.nan)
 
     def write_state(self, name, value):
-        assert name == "state"
+        assert name == "rwkv_state"
         assert value.dtype == np.float32
         self.array[:] = value
 
     def read_state(self, name):
-        assert name == "state"
+        assert name == "rwkv_state"
         return self.array
 
 

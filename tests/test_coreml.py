@@ -86,6 +86,7 @@ def test_coremltools_reads_the_same_types(profile, quant, state, bundle):
     mil.messages()
     with mil.quiet():
         from coremltools.converters.mil.frontend.milproto.load import load
+        from coremltools.converters.mil.mil.passes.defs.preprocess import NameSanitizer
     path = bundle("odd", target="coreml", profile=profile, quant=quant, coreml_state=state)
     package = mil.Package(packages(path)[0])
     with mil.quiet():
@@ -95,6 +96,8 @@ def test_coremltools_reads_the_same_types(profile, quant, state, bundle):
     assert set(program.functions) == {"decode", "prefill"}
     for role, function in program.functions.items():
         declared = mil.Interpreter(package, role)
+        names = {*declared.types, *declared.inputs, *([declared.state_name] if declared.state else [])}
+        assert {NameSanitizer().sanitize_name(name, allow_prefix_underscore=False) for name in names} == names
         found = {o.name: tuple(o.shape) for op in function.operations for o in op.outputs if hasattr(o, "shape")}
         for name, (_, shape) in declared.outputs.items():
             assert found[name] == shape

@@ -26,10 +26,14 @@ from ..spec import Shape, Spec
 FUNCTIONS = {"decode": 1, "prefill": 16}  # how many tokens a call of each takes
 NEEDS = {"ios": "18.0", "macos": "15.0"}  # the first with integers of 4 bits, tables by groups of rows, and states
 _OPSET, _SPECIFICATION = "CoreML8", 9
+_STATE = "rwkv_state"  # what Core ML keeps
 _MAX_ROWS = 16_384  # of one convolution on the Neural Engine
 _PART_BYTES = 1 << 30  # of one package on it, about
-# relu(k)^2 leaves float16 beyond k = 255: keys are stored divided by 16, and what takes their squares times 256
-_FACTORS = {".ffn.key.weight": 1 / 16, ".ffn.value.weight": 256.0}
+# relu(k)^2 leaves float16 beyond k = 255: k is divided by 16 before, and what takes the squares is stored times 256.
+# Rows of an embedding are small, and their scales in int8 below float16's normal numbers, which a unit may take as 0: they
+# are stored times 16. The norm that takes them undoes it, with an eps that is 256 times its own and a normal number too.
+_KEY, _EMBEDDING = 1 / 16, 16.0
+_FACTORS = {".ffn.value.weight": 1 / _KEY**2, "emb.weight": _EMBEDDING}
 
 
 def factor(name: str) -> float:
@@ -397,12 +401,13 @@ class Mil:
         return self.binary("maximum", x, y)
 
     def relu_squared(self, x: Value) -> Value:
-        return self.unary("square", self.unary("relu", x))
+        return self.unary("square", self.unary("relu", x) * _KEY)
 
     # --- norms ---
 
     def layer_norm(self, x: Value, weight: Parameter, bias: Parameter, *, eps: float) -> Value:
         given: dict[str, Any] = dict(gamma=_whole(weight, weight.shape), beta=_whole(bias, bias.shape))
+        eps = float(np.float16(eps)) * (_EMBEDDING**2 if weight.name == "blocks.0.ln0.weight" else 1)
         return self.op("layer_norm", x.shape, x=x, axes=_ints((self.channels,)), **given, epsilon=_half(eps))
 
     def head_norm(self, x: Value, weight: Parameter, bias: Parameter, *, eps: float) -> Value:
@@ -696,7 +701,7 @@ def packing(spec: Spec, first: int, stop: int) -> dict[str, Any]:
         n = math.prod(t.shape) // width
         rows[t.name] = [at, at + n]
         at += n
-    return {"name": "state", "shape": [stop - first, at, width], "first_layer": first, "rows": rows}
+    return {"name": _STATE, "shape": [stop - first, at, width], "first_layer": first, "rows": rows}
 
 
 def first_value(t: Any) -> float:
@@ -834,7 +839,7 @@ def _record(spec: Spec, plan: Plan, profile: str, packed: bool, T: int, begins: 
                 [(outer, *made[inner]) for outer, inner in _ordered(alias)],
                 [(outer, *made[inner]) for outer, inner in outputs.items()],
                 {inner: outer for outer, inner in outputs.items()} | {inner: outer for outer, inner in alias.items()},
-                ("state", tuple(packing(spec, first, last)["shape"])) if packed and mine else None,
+                (_STATE, tuple(packing(spec, first, last)["shape"])) if packed and mine else None,
             )
         )
         carried |= {
@@ -915,7 +920,7 @@ class _Writer:
 
     def _name(self, fn: Function, ref: Ref) -> str:
         if isinstance(ref, str):
-            return "state" if ref.startswith("state@") else fn.names.get(ref, ref)
+            return _STATE if ref.startswith("state@") else fn.names.get(ref, ref)
         if ref not in self.known:
             self.known[ref] = self._const(ref) if isinstance(ref, Const) else self._weight(ref)
         return self.known[ref]

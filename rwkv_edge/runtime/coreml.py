@@ -46,7 +46,8 @@ class Interpreted:
 class Predicted:
     """The same by Core ML."""
 
-    def __init__(self, package: Any, function: str) -> None:
+    def __init__(self, package: Any, function: str, state: str | None) -> None:
+        self._state = state
         try:
             with mil.quiet():
                 import coremltools
@@ -68,10 +69,10 @@ class Predicted:
         return self._model.make_state()
 
     def put(self, kept: Any, x: Array) -> None:
-        kept.write_state("state", x.astype(np.float32))  # coremltools takes no float16 here, and Core ML converts
+        kept.write_state(self._state, x.astype(np.float32))  # coremltools takes no float16 here, and Core ML converts
 
     def get(self, kept: Any) -> Array:
-        return np.asarray(kept.read_state("state"))
+        return np.asarray(kept.read_state(self._state))
 
 
 Part = tuple[Mapping[str, Any], Interpreted | Predicted]  # what the manifest says of it first
@@ -95,7 +96,7 @@ def open_parts(bundle: Bundle, interpret: str | None) -> dict[str, list[Part]]:
         path = bundle.path / graph["file"]
         part: Interpreted | Predicted
         if interpret is None:
-            part = Predicted(path, graph["function"])
+            part = Predicted(path, graph["function"], graph.get("packed", {}).get("name"))
         else:
             package = packages.setdefault(graph["file"], mil.Package(path))
             part = Interpreted(package, graph["function"], interpret)

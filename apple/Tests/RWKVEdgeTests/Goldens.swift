@@ -40,7 +40,7 @@ enum Goldens {
              "target": "\(target)", "profile": "ane", "wkv": "step", "T": \(nTokens), "arithmetic": "float16", "state": "packed",
              "inputs": [{"name": "tokens", "dtype": "int32", "shape": [\(nTokens)]}],
              "outputs": [{"name": "logits", "dtype": "float16", "shape": [1, 16]}],
-             "packed": {"name": "state", "shape": [2, 8, 2], "first_layer": 0,
+             "packed": {"name": "rwkv_state", "shape": [2, 8, 2], "first_layer": 0,
                         "rows": {"att_x": [0, 2], "wkv": [2, 6], "ffn_x": [6, 8]}},
              "needs": {"ios": "18.0", "macos": "15.0"}}
             """
