@@ -81,8 +81,8 @@ def parts_of(manifest: dict[str, Any]) -> list[Part]:
 
 
 def first_values(manifest: dict[str, Any]) -> dict[str, float]:
-    """Of every state tensor, by its name in the manifest."""
-    return {t["name"]: float(t["first"]) for t in manifest["state"]}
+    """Of every state tensor in the graph, by its name in the manifest."""
+    return {t["name"]: float(t["first"] / t["factor"]) for t in manifest["state"]}
 
 
 def first_inputs(part: Part, first: dict[str, float]) -> Arrays:

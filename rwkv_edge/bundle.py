@@ -120,6 +120,8 @@ _COREML_GRAPH = {
     "outputs": [_FEATURE],
     "needs": {"ios": str, "macos": str},
 }
+_FACTOR = _Real(2.0**-24, 2.0**24)
+_STATE = {"name": str, "shape": [_SIZE], "dtype": {"float32"}, "first": float}
 _PACKED = {"name": str, "shape": [_SIZE], "first_layer": _PLACE, "rows": {...: [_PLACE]}}
 _COREML_TENSOR = {
     "file": str,
@@ -132,7 +134,7 @@ _COREML_TENSOR = {
     "block": (None, _SIZE),
     "rows": (None, _SIZE),
     "scales": (None, {"offset": _PLACE, "bytes": _PLACE}),
-    "factor": _Real(2.0**-24, 2.0**24),
+    "factor": _FACTOR,
     "method": {None, "rtn", "kmeans", "weighted kmeans"},
 }
 _SHARE, _LOGIT = _Real(math.ulp(0), 1), _Real(-1e4, 1e4)
@@ -156,7 +158,7 @@ _MANIFEST: Any = {
     "format": range(1, FORMAT + 1),
     "model_id": _SHA,
     "spec": {"version": str} | dict.fromkeys(("n_layer", "n_embd", "n_head", "head_size", "n_ffn", "n_vocab"), _SIZE),
-    "state": [{"name": str, "shape": [_SIZE], "dtype": {"float32"}, "first": float}],
+    "state": [(_STATE, _STATE | {"factor": _FACTOR})],
     "graphs": [
         (
             _COREML_GRAPH,
@@ -354,6 +356,8 @@ def _validate(bundle: Bundle) -> None:
 def _validate_coreml(bundle: Bundle) -> None:
     """Check that the parts are all there, in order, and pass on what the next one takes."""
     where, graphs = bundle.path / MANIFEST, bundle.manifest["graphs"]
+    if any("factor" not in t for t in bundle.manifest["state"]):
+        raise BundleError(f"{where} is damaged: it does not say how its graphs hold the state")
     sizes = {f"state_{n.replace('.', '_')}": math.prod(t.shape) for n, t in bundle.spec.state_tensors.items()}
     for role in ("decode", "prefill"):
         parts = [g for g in graphs if g["role"] == role]

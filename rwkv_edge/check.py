@@ -158,9 +158,10 @@ def check(
     coreml = b.target == "coreml"
     model = Model(b, interpret="native") if coreml else Model(b, threads=threads)
     ids, first = _sample(model, n_tokens), model.first.tensors if model.first else None
-    reference, state = run_reference(b.spec, Weights(b.tensors), ids, first, dtype=np.float64, half_constants=coreml)
+    half_scale = 1 / max(t["factor"] for t in b.manifest["state"]) if coreml else None
+    reference, state = run_reference(b.spec, Weights(b.tensors), ids, first, dtype=np.float64, half_scale=half_scale)
     step()
-    single, single_state = run_reference(b.spec, Weights(b.tensors), ids, first, half_constants=coreml)
+    single, single_state = run_reference(b.spec, Weights(b.tensors), ids, first, half_scale=half_scale)
     rounding, state_rounding = difference(single, reference), _state_apart(single_state, state)
     limit = max(EXACT_FLOOR, EXACT_RATIO * rounding.max_abs)
     state_limit = max(STATE_FLOOR, STATE_RATIO * state_rounding)

@@ -38,7 +38,7 @@ from .quantize import COREML_QUANTS, coreml_plan, kmeans, mean_squares, rtn, wit
 from .quantize import plan as make_plan
 from .reference import Weights
 from .runtime import State
-from .spec import Shape
+from .spec import Shape, StateTensor
 from .tokenizer import World, open_tokenizer, tokenizer_beside
 
 Progress = Callable[[int, int], None]
@@ -240,7 +240,7 @@ def export(
             "model_id": model_id,
             "spec": spec.sizes,
             "state": [
-                {"name": name, "shape": list(t.shape), "dtype": "float32", "first": made.first(t)}
+                {"name": name, "shape": list(t.shape), "dtype": "float32", **made.state(t)}
                 for name, t in spec.state_tensors.items()
             ],
             "graphs": made.about,
@@ -292,12 +292,15 @@ def _refuse(target: str, wkv: str | None, profile: str | None, coreml_state: str
 
 @dataclass(frozen=True)
 class _Graphs:
-    """What a target's exporter made: files by name, layouts of files of weights, what a manifest says of the graphs."""
+    """What a target's exporter made: files by name, layouts of files of weights, what a manifest says of the graphs.
+
+    state  what a manifest says of a state tensor's numbers
+    """
 
     files: dict[str, bytes]
     layouts: dict[str, "onnx.Layout | coreml.Layout"]
     about: list[dict[str, Any]]
-    first: Callable[[Any], float]
+    state: Callable[[StateTensor], dict[str, float]]
 
 
 def _onnx_graphs(source: Checkpoint, plan: Plan, wkv: str) -> _Graphs:
@@ -307,7 +310,9 @@ def _onnx_graphs(source: Checkpoint, plan: Plan, wkv: str) -> _Graphs:
         graphs["exact"] = onnx.trace(source.spec, plan, layout, wkv=wkv, exact=True, weights_file=WEIGHTS)
     names = {"run": "model.onnx", "exact": "exact.onnx"}
     about = [{"file": names[role], "role": role, **graph.about} for role, graph in graphs.items()]
-    return _Graphs({names[role]: g.data for role, g in graphs.items()}, {WEIGHTS: layout}, about, lambda t: float(t.first))
+    return _Graphs(
+        {names[role]: g.data for role, g in graphs.items()}, {WEIGHTS: layout}, about, lambda t: {"first": float(t.first)}
+    )
 
 
 def _coreml_graphs(source: Checkpoint, plan: Plan, profile: str, state: str, part_bytes: int | None) -> _Graphs:
@@ -316,7 +321,7 @@ def _coreml_graphs(source: Checkpoint, plan: Plan, profile: str, state: str, par
     for package in packages:
         files |= package.files()
     about = [g for role in coreml.FUNCTIONS for package in packages for g in package.graphs if g["role"] == role]
-    return _Graphs(files, {p.weights: p.layout for p in packages}, about, coreml.first_value)
+    return _Graphs(files, {p.weights: p.layout for p in packages}, about, partial(coreml.state_about, source.spec))
 
 
 def _onnx_entries(
@@ -348,7 +353,7 @@ def _coreml_entries(
             n = shape[0] // r.rows if r.rows else shape[0]
             scales = Record(folder / file, second.offset, "F16", (n, second.nbytes // 2 // n))
         stored = Stored(name, shape, data, bits=r.bits, block=r.block, scales=scales, method=r.method, rows_per_table=r.rows)
-        entry = coreml_tensor_entry(stored, file, w.kind, 1 / coreml.factor(name))
+        entry = coreml_tensor_entry(stored, file, w.kind, 1 / coreml.factor(source.spec, name))
         tensors.setdefault(name, []).append(entry)
 
 
@@ -500,7 +505,7 @@ def _write_package(
                 f.write(s.data)
         else:
             second = []
-            encode = partial(_encode_for_coreml, importance.get(name))
+            encode = partial(_encode_for_coreml, np.float32(coreml.factor(source.spec, name)), importance.get(name))
             for rows, data, table in _encode(source.tensors[name], plan[name], encode, start, stop):
                 f.write(data)
                 if table is not None:
@@ -527,10 +532,12 @@ def _encode(t: Stored, recipe: Recipe, encode: _Encode, start: int, stop: int) -
             yield pending.popleft().result()
 
 
-def _encode_for_coreml(importance: Array | None, t: Stored, recipe: Recipe, start: int, stop: int) -> _Encoded:
+def _encode_for_coreml(
+    factor: np.float32, importance: Array | None, t: Stored, recipe: Recipe, start: int, stop: int
+) -> _Encoded:
     rows = t.rows(start, stop)
     assert isinstance(rows, np.ndarray)
-    x = rows * np.float32(coreml.factor(t.name))
+    x = rows * factor
     if recipe.rows is not None:
         data, second = coreml.pack(kmeans(x, bits=recipe.bits, rows=recipe.rows, importance=importance))
     elif recipe.block is not None:

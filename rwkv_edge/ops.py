@@ -288,13 +288,21 @@ class Numpy:
 
 
 class HalfConstants(Numpy):
-    """The same, with every number that stands in a model's formulas rounded to float16, as a graph in float16 has it."""
+    """The same, with every number that stands in a model's formulas rounded to float16, as a graph in float16 has it.
+
+    scale  at which the graph keeps what norms take: the square of it is in their eps before it is rounded
+    """
+
+    def __init__(self, n_head: int, wkv_form: str, dtype: npt.DTypeLike, scale: float) -> None:
+        super().__init__(n_head, wkv_form, dtype)
+        self.scale = scale
 
     def sigmoid(self, x: Array) -> Array:
         return super().sigmoid(x).view(_HalfConstants)
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
-        return super().layer_norm(x, weight, bias, eps=float(np.float16(eps)))
+        eps = max(float(np.float16(eps * self.scale**2)), 2.0**-24) / self.scale**2
+        return super().layer_norm(x, weight, bias, eps=eps)
 
 
 class _HalfConstants(np.ndarray[Any, Any]):

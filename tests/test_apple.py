@@ -93,7 +93,7 @@ def _manifest(*, packed: bool, parts: int) -> dict:
                 rows = {"att_x": [0, 1]}
                 graph["packed"] = {"name": "rwkv_state", "shape": [len(owned), 1, C], "first_layer": owned[0], "rows": rows}
             graphs.append(graph)
-    state = [{"name": f"{i}.att_x", "shape": [C], "dtype": "float32", "first": 0.5} for i in range(2)]
+    state = [{"name": f"{i}.att_x", "shape": [C], "dtype": "float32", "first": 0.5, "factor": 1.0} for i in range(2)]
     spec = {"version": "7", "n_vocab": V}
     return {"format": 1, "model_id": "5" * 64, "spec": spec, "state": state, "graphs": graphs, "files": {}}
 
@@ -183,7 +183,7 @@ def test_the_loop_of_the_mac_script_hands_the_state_on(packed, parts):
 
 def test_first_values_of_both_layouts():
     manifest = _manifest(packed=True, parts=2)
-    manifest["state"][1]["first"] = -10000.0
+    manifest["state"][1] |= {"first": -160000.0, "factor": 16.0}
     first = mac.first_values(manifest)
     second = mac.parts_of(manifest)[1].packed
     np.testing.assert_array_equal(mac.first_packed(second, first), np.full((1, 1, C), -10000.0))

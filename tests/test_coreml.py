@@ -373,6 +373,9 @@ def plain_exp(self, x):
     return self.unary("exp", x, sign=1)
 
 
+AS_IT_IS = dict.fromkeys("4567", 1.0)
+
+
 class Added:
     """Instead of a Change, its sum."""
 
@@ -392,30 +395,34 @@ def changed(**factors):
     return change
 
 
-# what a formula is for: weights that need it, what stands without it, and how much more it costs then, at least
+# what a formula is for: a shape and weights that need it, what stands without it, and how much more it costs then, at least
 FORMULAS = {
-    "norms that are scaled": (changed(att__k_k=300), coreml.Mil, "l2_normalize", plain_l2, 10),
+    "norms that are scaled": ("odd", changed(att__k_k=300), coreml.Mil, "l2_normalize", plain_l2, 10),
     # 600 tokens with w = .9998: float16 knows 1 and .9995
-    "decays by their complements": (changed(att__w0=-8, att__w2=0.1), coreml.Mil, "exp", plain_exp, 4),
-    "changes of a state, summed first": (changed(att__w0=-8, att__w2=0.1), coreml, "Change", Added, 4),
+    "decays by their complements": ("odd", changed(att__w0=-8, att__w2=0.1), coreml.Mil, "exp", plain_exp, 4),
+    "changes of a state, summed first": ("odd", changed(att__w0=-8, att__w2=0.1), coreml, "Change", Added, 4),
     "powers of two around the square of relu": (
+        "odd",
         changed(ffn__key__weight=150, ffn__value__weight=1 / 500),
         coreml,
-        "_FACTORS",
-        {},
+        "_KEY",
+        1.0,
         10,
     ),
+    "a small residual stream": ("v6", changed(att__output__weight=3e4, ffn__value__weight=1e3), coreml, "_SCALE", AS_IT_IS, 10),
+    "small values in RWKV-4": ("v4", changed(att__value__weight=1e4, att__output__weight=0.01), coreml, "_SCALE", AS_IT_IS, 10),
+    "small values in RWKV-6": ("v6", changed(att__value__weight=2e3), coreml, "_SCALE", AS_IT_IS, 10),
 }
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
 def test_float16_needs_the_formula(formula, tmp_path, monkeypatch):
-    change, owner, name, plain, more = FORMULAS[formula]
-    cost = kl_of(export_of(tmp_path, change))
+    shape, change, owner, name, plain, more = FORMULAS[formula]
+    cost = kl_of(export_of(tmp_path, change, shape))
     assert cost < 1e-3
     monkeypatch.setattr(owner, name, plain)
     with np.errstate(all="ignore"):
-        assert not kl_of(export_of(tmp_path / "without", change)) < more * cost
+        assert not kl_of(export_of(tmp_path / "without", change, shape)) < more * cost
 
 
 def test_the_smallest_removal_keys_are_divided_too(tmp_path):
@@ -440,10 +447,10 @@ def test_rwkv_4_begins_with_a_number(monkeypatch, tmp_path):
             assert (kl_of(folder) < 1e-3) == holds
 
 
-def export_of(folder, change):
-    """A bundle of the shape "odd" with weights that are changed first."""
+def export_of(folder, change, shape="odd"):
+    """A bundle of a shape with weights that are changed first."""
     folder.mkdir(exist_ok=True)
-    w = {name: x.copy() for name, x in factory.weights(**factory.SHAPES["odd"]).items()}
+    w = {name: x.copy() for name, x in factory.weights(**factory.SHAPES[shape]).items()}
     change(w)
     pth = factory.write_pth(folder / "m.pth", w, "fp32")
     export(pth, folder / "b", target="coreml", quant="fp16")
@@ -511,9 +518,11 @@ def test_the_same_text_as_by_onnxruntime(bundle, model):
     assert a == b
 
 
-def test_states_go_from_one_bundle_to_the_other(bundle, model):
-    ours = open_bundle(bundle("demo", target="coreml", quant="fp16", coreml_state="packed"), interpret="native")
-    theirs = model("demo", quant="fp16")
+@pytest.mark.parametrize("name", ["demo", "v4", "v6"])
+@pytest.mark.parametrize("state", ["explicit", "packed"])
+def test_states_go_from_one_bundle_to_the_other(name, state, bundle, model):
+    ours = open_bundle(bundle(name, target="coreml", quant="fp16", coreml_state=state), interpret="native")
+    theirs = model(name, quant="fp16")
     ids = factory.tokens(40, ours.spec.n_vocab)
     for a, b in ((ours, theirs), (theirs, ours)):
         _, state = a.feed(ids[:21])

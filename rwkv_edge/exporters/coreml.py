@@ -21,7 +21,7 @@ from .. import mil
 from ..errors import BackendError, ExportError
 from ..models import model_of
 from ..qtensor import Lut, Plan, QTensor, Recipe, pack_bits
-from ..spec import Shape, Spec
+from ..spec import Shape, Spec, StateTensor
 
 FUNCTIONS = {"decode": 1, "prefill": 16}  # how many tokens a call of each takes
 NEEDS = {"ios": "18.0", "macos": "15.0"}  # the first with integers of 4 bits, tables by groups of rows, and states
@@ -33,12 +33,36 @@ _PART_BYTES = 1 << 30  # of one package on it, about
 # Rows of an embedding are small, and their scales in int8 below float16's normal numbers, which a unit may take as 0: they
 # are stored times 16. The norm that takes them undoes it, with an eps that is 256 times its own and a normal number too.
 _KEY, _EMBEDDING = 1 / 16, 16.0
-_FACTORS = {".ffn.value.weight": 1 / _KEY**2, "emb.weight": _EMBEDDING}
+# Before version 7 the residual stream leaves float16 in deep models (the rwkv package halves it after every 6 layers,
+# RESCALE_LAYER), and so do the values that are remembered, where decays are slow. Both are kept at a sixteenth: values, and
+# what is added to the stream, are stored so, and the norms that read them undo it. 7 has run in float16 as it is.
+_SCALE = {"4": 1 / 16, "5": 1 / 16, "6": 1 / 16, "7": 1.0}
+_VALUES = ("aa", "wkv")  # state tensors of values
 
 
-def factor(name: str) -> float:
+def scale(spec: Spec) -> float:
+    """Of the residual stream and of remembered values in the graph, a power of two."""
+    return _SCALE[spec.version[0]]
+
+
+def factor(spec: Spec, name: str) -> float:
     """What a weight is multiplied by before it is stored: a power of two that cancels inside the graph."""
-    return next((f for end, f in _FACTORS.items() if name.endswith(end)), 1.0)
+    s = scale(spec)
+    ends = {
+        "emb.weight": _EMBEDDING,
+        "ln0.weight": s,
+        "ln0.bias": s,
+        ".att.value.weight": s,
+        ".ln_x.weight": s,
+        ".ln_x.bias": s,
+        ".ffn.value.weight": s / _KEY**2,
+    }
+    return next((f for end, f in ends.items() if name.endswith(end)), 1.0)
+
+
+def state_about(spec: Spec, t: StateTensor) -> dict[str, float]:
+    """What a manifest says of a state tensor: its first value, and what the graph's is multiplied by to be the model's."""
+    return {"first": first_value(t), "factor": 1 / scale(spec) if t.name in _VALUES else 1.0}
 
 
 # --- what operations take ---
@@ -198,7 +222,7 @@ class Mil:
     def __init__(self, spec: Spec, profile: str, T: int) -> None:
         self.ane, self.T = profile == "ane", T
         self.C, self.H, self.N = spec.n_embd, spec.n_head, spec.head_size
-        self.tables = spec.tables
+        self.tables, self.scale = spec.tables, scale(spec)
         self.ops: list[Op] = []
         self._named = 0
         self._memo: dict[Any, list[Value]] = {}
@@ -407,15 +431,21 @@ class Mil:
 
     def layer_norm(self, x: Value, weight: Parameter, bias: Parameter, *, eps: float) -> Value:
         given: dict[str, Any] = dict(gamma=_whole(weight, weight.shape), beta=_whole(bias, bias.shape))
-        eps = float(np.float16(eps)) * (_EMBEDDING**2 if weight.name == "blocks.0.ln0.weight" else 1)
+        eps = self.eps(eps)
+        if weight.name == "blocks.0.ln0.weight":
+            eps *= (_EMBEDDING / self.scale) ** 2
         return self.op("layer_norm", x.shape, x=x, axes=_ints((self.channels,)), **given, epsilon=_half(eps))
+
+    def eps(self, eps: float) -> float:
+        """For what is kept at `scale`; not 0, where a token's numbers may all be the same."""
+        return max(float(np.float16(eps * self.scale**2)), _SMALLEST)
 
     def head_norm(self, x: Value, weight: Parameter, bias: Parameter, *, eps: float) -> Value:
         T = x.shape[self.time]
         shape = (self.H, self.N, 1, T) if self.ane else (1, T, self.H, self.N)
         x = self.reshape(self.whole(x), shape)
         axes = _ints((1,) if self.ane else (3,))
-        x = self.op("layer_norm", shape, x=x, axes=axes, epsilon=_half(eps))
+        x = self.op("layer_norm", shape, x=x, axes=axes, epsilon=_half(self.eps(eps)))
         x = self.reshape(x, self.activation(T, self.C))
         return (x * self.vector(weight) + self.vector(bias)).like(form="packed")
 
@@ -491,6 +521,7 @@ class Mil:
 
 
 _TINY = 2.0**-14  # the smallest normal number of float16: a unit may take those below as 0
+_SMALLEST = 2.0**-24
 
 
 def _sign(x: Any) -> int:
@@ -704,7 +735,7 @@ def packing(spec: Spec, first: int, stop: int) -> dict[str, Any]:
     return {"name": _STATE, "shape": [stop - first, at, width], "first_layer": first, "rows": rows}
 
 
-def first_value(t: Any) -> float:
+def first_value(t: StateTensor) -> float:
     """What a state tensor begins with in float16: RWKV-4's -1e30 would be an infinity, and e^-10000 is 0 as well."""
     return max(float(t.first), -1e4)
 

@@ -114,6 +114,7 @@ class Loop:
     def __init__(self, model: "Model", parts: dict[str, list[Part]]) -> None:
         self._model, self._spec, self._parts = model, model.spec, parts
         self._chunk: int = parts["prefill"][0][0]["T"]
+        self._factors = {t["name"]: float(t["factor"]) for t in model.bundle.manifest["state"]}
         self._kept = [part.keep() if "packed" in graph else None for graph, part in parts["decode"]]
         self._state: dict[str, Array] = {}
         self._tables = Tables.of(model.bundle) if model.spec.tables else None
@@ -128,7 +129,9 @@ class Loop:
             self.logits = state.logits.copy()
         self.n_tokens = 0 if state is None else state.n_tokens
         tensors = {
-            name: np.full(t.shape, t.first) if state is None else state.tensors[name].clip(-_F16_MAX, _F16_MAX)
+            name: ((np.full(t.shape, t.first) if state is None else state.tensors[name]) / self._factors[name]).clip(
+                -_F16_MAX, _F16_MAX
+            )
             for name, t in self._spec.state_tensors.items()
         }
         self._state = {}
@@ -143,14 +146,14 @@ class Loop:
                 part.put(kept, whole)
 
     def tensors(self) -> dict[str, Array]:
-        """The state's tensors, as they are computed with."""
+        """The state's tensors."""
         found = {_tensor(name): x.reshape(self._spec.state_tensors[_tensor(name)].shape) for name, x in self._state.items()}
         for (graph, part), kept in zip(self._parts["decode"], self._kept, strict=True):
             if "packed" in graph:
                 whole = part.get(kept)
                 for name, place in _places(graph["packed"]):
                     found[name] = whole[place].reshape(self._spec.state_tensors[name].shape)
-        return {name: found[name] for name in self._spec.state_tensors}
+        return {name: found[name] * self._factors[name] for name in self._spec.state_tensors}
 
     def state(self) -> State:
         """Copy the state out."""

@@ -54,6 +54,8 @@ public struct Manifest: Decodable, Sendable {
         public let shape: [Int]
         /// The value of every element before the first token.
         public let first: Float
+        /// What a graph holds is multiplied by this to give the state.
+        public let factor: Float
     }
 
     public struct Value: Decodable, Sendable, Equatable {

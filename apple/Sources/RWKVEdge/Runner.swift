@@ -31,6 +31,8 @@ final class Runner {
     private let parts: [Part]
     /// The state that every text begins from.
     private let first: SavedState
+    /// Tensor -> what a graph holds is multiplied by this to give the state.
+    private let factors: [String: Float]
     /// State input -> what to hand to the next call.
     private var explicit: [String: MLFeatureValue] = [:]
 
@@ -55,6 +57,7 @@ final class Runner {
         }
         self.parts = parts
         chunk = parts[0].prefill.graph.nTokens
+        factors = Dictionary(manifest.state.map { ($0.name, $0.factor) }, uniquingKeysWith: { one, _ in one })
         if let name = manifest.initialState {
             first = try SavedState(contentsOf: bundle.url(of: name), manifest: manifest)
         } else {
@@ -135,10 +138,10 @@ final class Runner {
         let saved = saved ?? first
         try saved.check(manifest)
         func values(_ name: String, _ count: Int) throws -> [Float] {
-            guard let tensor = saved.tensors[name], tensor.values.count == count else {
+            guard let tensor = saved.tensors[name], let factor = factors[name], tensor.values.count == count else {
                 throw RWKVError.bundle("\(name) is not in the manifest's state, or of another size there: export the bundle again.")
             }
-            return tensor.values
+            return factor == 1 ? tensor.values : tensor.values.map { $0 / factor }
         }
         var explicit: [String: MLFeatureValue] = [:]
         for part in parts {
@@ -166,7 +169,10 @@ final class Runner {
             for (name, range) in Self.places(about) { values[name] = Array(whole[range]) }
         }
         var tensors: [String: SavedState.Tensor] = [:]
-        for tensor in manifest.state { tensors[tensor.name] = SavedState.Tensor(shape: tensor.shape, values: values[tensor.name] ?? []) }
+        for tensor in manifest.state {
+            let held = values[tensor.name] ?? []
+            tensors[tensor.name] = SavedState.Tensor(shape: tensor.shape, values: tensor.factor == 1 ? held : held.map { $0 * tensor.factor })
+        }
         let saved = SavedState(modelID: manifest.modelID, nTokens: nTokens, tensors: tensors, logits: nTokens > 0 ? logits : nil)
         try saved.check(manifest)
         return saved

@@ -29,9 +29,9 @@ enum Goldens {
     ) throws -> Manifest {
         let state = (0..<2).map { layer in
             """
-            {"name": "\(layer).att_x", "shape": [4], "dtype": "float32", "first": 0.0},
-            {"name": "\(layer).wkv", "shape": [2, 2, 2], "dtype": "float32", "first": -10000.0},
-            {"name": "\(layer).ffn_x", "shape": [4], "dtype": "float32", "first": 0}
+            {"name": "\(layer).att_x", "shape": [4], "dtype": "float32", "first": 0.0, "factor": 1.0},
+            {"name": "\(layer).wkv", "shape": [2, 2, 2], "dtype": "float32", "first": -10000.0, "factor": 16.0},
+            {"name": "\(layer).ffn_x", "shape": [4], "dtype": "float32", "first": 0, "factor": 1}
             """
         }
         func graph(_ function: String, _ nTokens: Int) -> String {

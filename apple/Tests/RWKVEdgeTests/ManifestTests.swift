@@ -9,7 +9,7 @@ final class ManifestTests: XCTestCase {
         XCTAssertEqual(manifest.spec.version, "7")
         XCTAssertEqual(manifest.spec.nVocab, 16)
         XCTAssertEqual(manifest.state.count, 6)
-        XCTAssertEqual(manifest.state[1], Manifest.StateTensor(name: "0.wkv", shape: [2, 2, 2], first: -10000))
+        XCTAssertEqual(manifest.state[1], Manifest.StateTensor(name: "0.wkv", shape: [2, 2, 2], first: -10000, factor: 16))
         XCTAssertEqual(manifest.graphs.map(\.function), ["decode", "prefill"])
         XCTAssertEqual(manifest.graphs.map(\.nTokens), [1, 16])
         XCTAssertEqual(manifest.graphs[0].packed?.rows["wkv"], [2, 6])
