@@ -35,9 +35,10 @@ INT8_RMS_LIMIT = 0.5
 # Our interpreter computes a Core ML package in float64, the reference the same formulas with the same constants: measured
 # 1e-14 to 1e-12. One wrong bit of a weight shows as 1e-6 or more.
 COREML_EXACT = 1e-10
-# In float16 a sound graph gives 1e-6 to 1e-3 nats; this limit only sees a model that float16 cannot hold.
-COREML_NATIVE_KL = 0.1
+# In float16 a sound graph gives 1e-6 to 1e-3 nats; this limit sees a model that float16 does not hold.
+COREML_NATIVE_KL = 1e-2
 
+TOKENS, COREML_TOKENS = 320, 64  # more than a graph takes at a time; the interpreter is slow
 MAX_TOKENS = 65536  # the reference keeps the logits of all of them
 
 
@@ -45,12 +46,14 @@ MAX_TOKENS = 65536  # the reference keeps the logits of all of them
 class Difference:
     """How far logits are from a reference's, over some tokens.
 
+    n        how many tokens
     max_abs  largest difference, in standard deviations of the reference's logits
     rms      root mean square of the differences, in the same unit
     kl       nats per token, from the reference's distribution to these logits'
     top1     share of tokens with the same most likely next token
     """
 
+    n: int
     max_abs: float
     rms: float
     kl: float
@@ -116,7 +119,7 @@ def check(
     against: str | Path | None = None,
     *,
     lora: str | Path | None = None,
-    n_tokens: int = 320,
+    n_tokens: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -127,22 +130,28 @@ def check(
 
     against   the checkpoint the bundle was made from: what quantization cost is measured too
     lora      that was merged into it, as FILE or FILE:ALPHA
-    n_tokens  at least 2; more than a graph takes at a time (256), or its longest chunks go unchecked
+    n_tokens  at least 2; more than a graph takes at a time (256), or its longest chunks go unchecked. Of a Core ML bundle
+              it is rounded up to whole calls of prefill, 16 each. None is 320, for Core ML 64
     progress  called with passes done and passes in all
 
     Raises  BundleError, BackendError; CheckpointError if the checkpoint is another model's; CheckFailed if the bundle
             gives no finite logits. A bundle whose numbers differ gives a report that is not ok.
     """
-    if not 2 <= n_tokens <= MAX_TOKENS:
+    if n_tokens is not None and not 2 <= n_tokens <= MAX_TOKENS:
         raise InputError(f"{n_tokens} tokens cannot be compared: expected 2 to {MAX_TOKENS}")
     b = read_bundle(bundle)
+    coreml = b.target == "coreml"
+    n_tokens = n_tokens or (COREML_TOKENS if coreml else TOKENS)
+    if coreml:
+        whole = b.graph("prefill")["T"]  # it takes neither more nor fewer
+        n_tokens = -(-n_tokens // whole) * whole
     source = open_checkpoint(against) if against else None
     if source and source.quantized:
         raise CheckpointError(f"{against} is quantized itself: give the original checkpoint to measure the cost")
     source = with_lora(source, lora) if source else None
     interpreted = [(a, role) for a in ("exact", "native") for role in ("decode", "prefill")]
-    roles = interpreted if b.target == "coreml" else [str(g["role"]) for g in b.manifest["graphs"]]
-    total, done = 2 + (1 if b.target == "coreml" else 2) * len(roles) + (2 if source else 0), 0
+    roles = interpreted if coreml else [str(g["role"]) for g in b.manifest["graphs"]]
+    total, done = 2 + (1 if coreml else 2) * len(roles) + (2 if source else 0), 0
 
     def step() -> None:
         nonlocal done
@@ -155,7 +164,6 @@ def check(
         if found != b.model_id:
             raise CheckpointError(f"{against} is another model ({found[:12]}) than {bundle} was made from ({b.model_id[:12]})")
         step()
-    coreml = b.target == "coreml"
     model = Model(b, interpret="native") if coreml else Model(b, threads=threads)
     ids, first = _sample(model, n_tokens), model.first.tensors if model.first else None
     half_scale = 1 / max(t["factor"] for t in b.manifest["state"]) if coreml else None
@@ -221,7 +229,7 @@ def _interpreted(
     """What the packages of a Core ML bundle compute, by their own files."""
     model = Model(b, interpret=arithmetic)
     graphs = [g for g in b.manifest["graphs"] if g["role"] == role]
-    size = min(graphs[0]["T"], len(ids))
+    size = graphs[0]["T"]
     loop, logits, at = model.loop(), [], []
     for i in range(0, len(ids), size):
         part = np.array(ids[i : i + size])
@@ -272,9 +280,10 @@ def difference(logits: Array, reference: Array) -> Difference:
     d = (logits.astype(np.float64) - reference) / unit
     p, q = log_softmax(reference), log_softmax(logits)
     return Difference(
+        n=len(logits),
         max_abs=float(np.abs(d).max()),
         rms=float(np.sqrt((d * d).mean())),
-        kl=float((np.exp(p) * (p - q)).sum(-1).mean()),
+        kl=max(0.0, float((np.exp(p) * (p - q)).sum(-1).mean())),  # rounding may take it below
         top1=float((logits.argmax(-1) == reference.argmax(-1)).mean()),
     )
 

@@ -108,9 +108,22 @@ def quant_options(default: str | None, *extra: str) -> Callable[[Any], Any]:
         quants = click.Choice(["none", "fp16", "int8", "int4", *extra])
         blocks = click.Choice([*(["1", "2", "4", "8"] if extra else []), "16", "32", "64", "128", "256"])
         text = "Width of the weights." + ("" if default else "  [default: int4, or what the file has]")
+        if extra:
+            text = "Width of the weights; lut are tables, for coreml.  [default: int4, or what the file has; ane: lut6]"
         for option in (
-            click.option("--override", "overrides", multiple=True, metavar="NAME=BITS[:BLOCK]", help=_OVERRIDE),
-            click.option("--block", type=blocks, callback=lambda ctx, param, value: value and int(value), help=_BLOCK),
+            click.option(
+                "--override",
+                "overrides",
+                multiple=True,
+                metavar="NAME=BITS[:BLOCK]",
+                help=_OVERRIDE + (" With coreml 4, 6, 8 or 16, without a block." if extra else ""),
+            ),
+            click.option(
+                "--block",
+                type=blocks,
+                callback=lambda ctx, param, value: value and int(value),
+                help=_BLOCK + ("  [default: 32; lut: 16 rows that share a table]" if extra else "  [default: 32]"),
+            ),
             click.option("--quant", type=quants, default=default, help=text),
         ):
             command = option(command)
@@ -155,7 +168,7 @@ def sampling_options(command: Any) -> Any:
     return collected
 
 
-_BLOCK = "Weights that share one scale: fewer lose less, more are smaller and faster.  [default: 32]"
+_BLOCK = "Weights that share one scale: fewer lose less, more are smaller and faster."
 _OVERRIDE = (
     "4, 8, 16 or 32 bits for the tensors whose names match, such as blocks.*.ffn.*=8. May be given again: the last counts."
 )
@@ -166,12 +179,20 @@ _OVERRIDE = (
 
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@quant_options(None)
-@click.option("--fits", metavar="SIZE", help="Say what runs in this much memory, such as 4GB or 512MiB; exit 3 if nothing.")
+@click.option("--target", type=click.Choice(["onnx", "coreml"]), default="onnx", help="What to forecast for.")
+@click.option("--profile", type=click.Choice(["ane", "gpu"]), help="With coreml: this one alone.  [default: both]")
+@quant_options(None, "lut4", "lut6")
+@click.option(
+    "--fits",
+    metavar="SIZE",
+    help="Say what runs with onnxruntime in this much memory, such as 4GB or 512MiB; exit 3 if nothing.",
+)
 @click.option("--tensors", is_flag=True, help="List every tensor; otherwise layers are summed up.")
 @json_option
 def inspect(
     path: Path,
+    target: str,
+    profile: str | None,
     quant: str | None,
     block: int | None,
     overrides: tuple[str, ...],
@@ -185,12 +206,14 @@ def inspect(
     rwkv-edge inspect model.pth
     rwkv-edge inspect model.pth --quant int4 --block 128 --override head.weight=8
     rwkv-edge inspect model.pth --fits 4GB
+    rwkv-edge inspect model.pth --target coreml
     """
     from .forecast import parse_size
     from .inspection import inspect as look
 
     memory = None if fits is None else parse_size(fits)
-    found = look(path, quant=quant, block=block, overrides=overrides, memory=memory)
+    options: dict[str, Any] = dict(target=target, profile=profile, quant=quant, block=block, overrides=overrides)
+    found = look(path, memory=memory, **options)
     if as_json:
         print_json(found)
     else:
@@ -231,7 +254,12 @@ def quantize(
 
 @cli.command()
 @checkpoint_argument
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.  [default: CHECKPOINT-QUANT]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder to write.  [default: CHECKPOINT-QUANT; with coreml: CHECKPOINT-PROFILE-QUANT]",
+)
 @click.option("--target", type=click.Choice(["onnx", "coreml"]), default="onnx", help="What will run it.")
 @click.option(
     "--profile",
@@ -242,6 +270,11 @@ def quantize(
     "--coreml-state",
     type=click.Choice(["explicit", "packed"]),
     help="With coreml: the state goes in and out, or Core ML keeps it as one tensor.  [default: explicit]",
+)
+@click.option(
+    "--part-bytes",
+    metavar="SIZE",
+    help="With coreml: split into packages of about this size, such as 500MB.  [default: 1GiB with ane; gpu: whole]",
 )
 @quant_options(None, "lut4", "lut6")
 @click.option(
@@ -265,7 +298,7 @@ def quantize(
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
-    help="A tokenizer.json, or a World vocabulary.  [default: the tokenizer.json beside CHECKPOINT, or World by size]",
+    help="A tokenizer.json, a World vocabulary, or none.  [default: the tokenizer.json beside CHECKPOINT, or World by size]",
 )
 @click.option(
     "--template",
@@ -280,6 +313,7 @@ def export(
     target: str,
     profile: str | None,
     coreml_state: str | None,
+    part_bytes: str | None,
     quant: str | None,
     block: int | None,
     overrides: tuple[str, ...],
@@ -305,12 +339,20 @@ def export(
     from .convert import export as write
 
     if target == "coreml":
-        output = output or _beside(checkpoint, f"-{profile or 'ane'}-{quant or ('int4' if profile == 'gpu' else 'lut6')}")
+        from .quantize import COREML_DEFAULTS
+
+        p = profile or "ane"
+        packed = "-packed" if coreml_state == "packed" else ""
+        output = output or _beside(checkpoint, f"-{p}-{quant or COREML_DEFAULTS[p]}{packed}")
     output = output or _beside(checkpoint, f"-{quant}" if quant else None)
     options: dict[str, Any] = dict(
         quant=quant, block=block, overrides=overrides, force=force, wkv=wkv, tokenizer=tokenizer, template=template
     )
     options |= dict(lora=lora, initial_state=initial_state, target=target, profile=profile, coreml_state=coreml_state)
+    if part_bytes:
+        from .forecast import parse_size
+
+        options["part_bytes"] = parse_size(part_bytes)
     if calibrate:
         from .evaluate import documents
 
@@ -322,7 +364,14 @@ def export(
 @bundle_argument
 @click.option("--against", type=click.Path(path_type=Path), help="The checkpoint it was made from, to measure the cost.")
 @lora_option
-@click.option("-n", "--tokens", "n_tokens", metavar="N", type=click.IntRange(2, 65536), default=320, help="Tokens to compare.")
+@click.option(
+    "-n",
+    "--tokens",
+    "n_tokens",
+    metavar="N",
+    type=click.IntRange(2, 65536),
+    help="Tokens to compare.  [default: 320; Core ML: 64]",
+)
 @threads_option
 @json_option
 @quiet_option
@@ -330,7 +379,7 @@ def check(
     bundle: Path,
     against: Path | None,
     lora: str | None,
-    n_tokens: int,
+    n_tokens: int | None,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -339,7 +388,8 @@ def check(
 
     Reads the weights from the bundle's files, runs the step in numpy in float64, and holds every graph against it, reading
     tokens one by one and in chunks. Differences are in standard deviations of the logits. Exits with 3 if a graph is
-    further off than float32 explains; the cost of quantization is shown, and is no failure.
+    further off than float32 explains; the cost of quantization is shown, and is no failure. Core ML's packages are
+    interpreted, slowly, and in float64 must agree to 1e-10.
 
     \b
     rwkv-edge check model-int4 --against model.pth

@@ -34,7 +34,7 @@ from .errors import ExportError, InputError, OutputError, QuantizeError
 from .exporters import coreml, onnx
 from .files import CODES, Record, Stored, new_directory, new_file
 from .qtensor import Array, Plan, QTensor, Recipe
-from .quantize import COREML_QUANTS, coreml_plan, kmeans, mean_squares, rtn, with_half_scales
+from .quantize import COREML_DEFAULTS, COREML_QUANTS, coreml_plan, kmeans, mean_squares, rtn, with_half_scales
 from .quantize import plan as make_plan
 from .reference import Weights
 from .runtime import State
@@ -179,8 +179,8 @@ def export(
     part_bytes     with coreml, split into packages of about so many; None is what the unit takes, 1 GiB with ane
     calibrate      with lut4 and lut6, texts that the model reads first (8192 tokens at most): the larger an input is on
                    average, the more its weights count when tables are made. It needs a tokenizer
-    tokenizer  a tokenizer.json, or a World vocabulary (.txt); without it, the tokenizer.json beside the checkpoint, or what
-               a Hugging Face folder has; without that, the World vocabulary for a model of its size, or else none
+    tokenizer  a tokenizer.json, a World vocabulary (.txt), or "none"; without it, the tokenizer.json beside the checkpoint, or
+               what a Hugging Face folder has; without that, the World vocabulary for a model of its size, or else none
     template   how the model was taught to chat: "rwkv" (User: and Assistant:), or "none"; without it, rwkv with World
     progress   called with weights done and weights in all
 
@@ -258,8 +258,13 @@ def export(
         (folder / MANIFEST).write_bytes(dump_manifest(manifest))
         nbytes = sum(file.stat().st_size for file in _files(folder))
         read_bundle(folder, verify=False)  # what we write, we can read
-    notes = () if tokenizer_file else (f"no tokenizer.json beside {source.path.name}: the bundle takes and gives token ids",)
-    return Written(output, nbytes, _bits_per_weight(source, plan), model_id, (*source.notes, *notes))
+    notes = list(source.notes)
+    if not tokenizer_file:
+        missing = "no tokenizer" if tokenizer else f"no tokenizer.json beside {source.path.name}"
+        notes.append(f"{missing}: the bundle takes and gives token ids")
+    if ids and len(ids) < CALIBRATION // 8:
+        notes.append(f"calibrated on {len(ids)} tokens, which are few: up to {CALIBRATION} are read")
+    return Written(output, nbytes, _bits_per_weight(source, plan), model_id, tuple(notes))
 
 
 def _part(progress: Progress | None, i: int, n: int) -> Progress | None:
@@ -284,8 +289,9 @@ def _refuse(target: str, wkv: str | None, profile: str | None, coreml_state: str
             raise ExportError(f"{option} {value!r} is unknown: expected one of {', '.join(values)}")
     if target == "coreml" and wkv is not None:
         raise ExportError(f"wkv {wkv!r} is of target onnx: a Core ML bundle has one form")
-    if target == "onnx" and (profile or coreml_state or part_bytes):
-        raise ExportError("profile, coreml_state and part_bytes go with target coreml")
+    for option, value in {"profile": profile, "coreml_state": coreml_state, "part_bytes": part_bytes}.items():
+        if target == "onnx" and value is not None:
+            raise ExportError(f"{option} {value} is for Core ML: give target coreml with it")
     if part_bytes is not None and part_bytes < 1:
         raise ExportError(f"part_bytes {part_bytes} is not possible: expected 1 or more")
 
@@ -360,8 +366,7 @@ def _coreml_entries(
 def _coreml_plan(source: Checkpoint, quant: str | None, profile: str, block: int | None, overrides: Sequence[str]) -> Plan:
     if source.quantized:
         raise QuantizeError(f"{source.path} is quantized for onnxruntime: give the original checkpoint for Core ML")
-    default = "lut6" if profile == "ane" else "int4"
-    return coreml_plan(source.spec, quant or default, profile, block=block, overrides=overrides)
+    return coreml_plan(source.spec, quant or COREML_DEFAULTS[profile], profile, block=block, overrides=overrides)
 
 
 def _plan(source: Checkpoint, quant: str | None, block: int | None, overrides: Sequence[str]) -> Plan:
@@ -394,7 +399,7 @@ def _bits_per_weight(source: Checkpoint, plan: Plan) -> float:
 
 def _tokenizer(source: Checkpoint, given: str | Path | None) -> tuple[Path | None, dict[str, Any]]:
     file = Path(given) if given else tokenizer_beside(source.path, source.spec.n_vocab)
-    if file is None:
+    if file is None or str(given) == "none":
         return None, {}
     if not file.is_file():
         raise InputError(f"the tokenizer {file} does not exist")
@@ -403,7 +408,7 @@ def _tokenizer(source: Checkpoint, given: str | Path | None) -> tuple[Path | Non
     if not tokenizer.n_vocab <= source.spec.n_vocab < tokenizer.n_vocab + 1024:
         raise InputError(
             f"{file} has {tokenizer.n_vocab} tokens, but the model has {source.spec.n_vocab}: it belongs to another "
-            "model; give the right one with --tokenizer"
+            "model; give the right one with --tokenizer, or none to do without"
         )
     name = "rwkv_vocab.txt" if tokenizer.kind == World.kind else "tokenizer.json"
     return file, {"kind": tokenizer.kind, "file": name, "end_of_text": tokenizer.end_of_text}

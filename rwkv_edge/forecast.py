@@ -12,7 +12,7 @@ import numpy as np
 
 from .bundle import dump_manifest
 from .errors import InputError
-from .exporters import onnx
+from .exporters import coreml, onnx
 from .qtensor import Plan, Recipe, packed_bytes
 from .spec import Shape, Spec
 
@@ -32,6 +32,7 @@ STATES = 4  # a model's loop and a generation's, each with two sets of buffers
 EFFICIENCY = {32: 0.88, 16: 0.88, 8: 0.68, 4: 0.62}  # share of the bandwidth that the products reach, by bits
 NODE_S = 2.5e-6  # for every node of the graph
 
+_RECORD = 96  # bytes before every tensor in a package's file of weights, with what aligns it
 _SAMPLE = 128 << 20  # bytes, several times a cache
 
 
@@ -103,6 +104,60 @@ def forecast(
     stored = sum(plan[name].nbytes(w.shape) for name, w in spec.weights.items())
     fits = None if memory is None else peak <= memory
     return Forecast(recipe, nbytes, 8 * stored / spec.n_parameters, peak, anonymous, read, tok_s, fits)
+
+
+@dataclass(frozen=True)
+class CoremlForecast:
+    """What one recipe gives for Core ML, whose memory and speed only a Mac or a phone can tell.
+
+    nbytes           of the bundle on disk
+    bits_per_weight  of its weights, scales and tables included
+    packages         how many, and how many bytes the largest has
+    state_bytes      of a state, in float16
+    """
+
+    recipe: str
+    profile: str
+    nbytes: int
+    bits_per_weight: float
+    packages: int
+    largest_bytes: int
+    state_bytes: int
+
+
+def coreml_graph_bytes(spec: Spec, plan: Plan, profile: str) -> int:
+    """Bytes of the packages but for their weights: those of one plan are about those of any, and take seconds to make.
+
+    Raises  ExportError if coremltools is missing.
+    """
+    packages = coreml.trace(spec, plan, profile=profile, state="explicit")
+    return sum(len(data) for p in packages for data in p.files().values())
+
+
+def coreml_forecast(
+    spec: Spec, plan: Plan, *, recipe: str, profile: str, graph_bytes: int, tokenizer_bytes: int = 0
+) -> CoremlForecast:
+    """Say what a Core ML bundle of this plan takes.
+
+    recipe           what to call the plan
+    graph_bytes      of its packages without weights, as `coreml_graph_bytes` gives
+    tokenizer_bytes  of the tokenizer's file
+
+    Error  of the bundle's bytes .5 %, measured on the demo model and on 1.5 billion parameters
+    """
+    parts = [nbytes for _, nbytes in coreml.split(spec, plan, profile)]
+    records = _RECORD * sum(2 if r.rows or r.block else 1 for r in plan.values())
+    tables = onnx.Layout.of_tables(spec, plan).end
+    manifest = sum(350 if r.rows or r.block else 300 for r in plan.values()) + 700 * len(spec.state_tensors) + 3_000
+    return CoremlForecast(
+        recipe,
+        profile,
+        sum(parts) + records + graph_bytes + tables + manifest + tokenizer_bytes,
+        8 * sum(plan[name].nbytes(w.shape) for name, w in spec.weights.items()) / spec.n_parameters,
+        len(parts),
+        max(parts),
+        spec.state_bytes // 2,
+    )
 
 
 def _held(recipe: Recipe, shape: Shape) -> int:

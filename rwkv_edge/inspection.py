@@ -2,17 +2,17 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .bundle import MANIFEST, read_bundle
 from .checkpoints import open_checkpoint
 from .errors import InputError, QuantizeError
-from .forecast import Forecast, bandwidth, forecast
+from .forecast import CoremlForecast, Forecast, bandwidth, coreml_forecast, coreml_graph_bytes, forecast
 from .qtensor import Plan
-from .quantize import plan
-from .spec import Shape
+from .quantize import COREML_DEFAULTS, COREML_QUANTS, coreml_plan, plan
+from .spec import Shape, Spec
 from .tokenizer import tokenizer_beside
 
 # recipes to choose from, as --quant and --block
@@ -38,7 +38,9 @@ class Inspection:
     what       kind of file
     column     what the recipes are: how tensors are stored, or how they would be
     nbytes     of all weights by these recipes
-    forecasts  what each recipe to choose from takes, or the one that was asked for, or is stored
+    about      of a Core ML bundle: profile, state, T, packages, and the systems that it needs; of others nothing
+    forecasts  what each recipe to choose from takes with onnxruntime, or the one that was asked for, or is stored
+    coreml     the same with Core ML, if that was asked for
     bandwidth  threads -> bytes of memory a second that they read here, which the speeds follow from
     """
 
@@ -49,7 +51,9 @@ class Inspection:
     state_bytes: int
     rows: tuple[TensorRow, ...]
     nbytes: int
+    about: dict[str, Any]
     forecasts: tuple[Forecast, ...]
+    coreml: tuple[CoremlForecast, ...]
     bandwidth: Mapping[int, float]
 
     @property
@@ -71,6 +75,8 @@ class Inspection:
 def inspect(
     path: str | Path,
     *,
+    target: str = "onnx",
+    profile: str | None = None,
     quant: str | None = None,
     block: int | None = None,
     overrides: Sequence[str] = (),
@@ -78,47 +84,99 @@ def inspect(
 ) -> Inspection:
     """Look at a checkpoint or a bundle; reads no weights, and the speed of memory for half a second.
 
-    quant, block, overrides  the plan to show, see rwkv_edge.quantize.plan; None is int4, or what is stored
-    memory                   bytes that a device has: forecasts say what fits
+    target, profile          of a checkpoint, what to forecast for, see rwkv_edge.export; with "coreml" profile None is both
+    quant, block, overrides  the plan to show, see rwkv_edge.quantize.plan and coreml_plan; None is the default, or what is
+                             stored
+    memory                   bytes that a device has: forecasts say what fits, with onnxruntime
 
-    Raises  CheckpointError, BundleError, QuantizeError
+    Raises  CheckpointError, BundleError, QuantizeError, InputError
     """
-    about: dict[str, Any] = {}
+    if profile is not None and profile not in COREML_QUANTS:
+        raise InputError(f"profile {profile!r} is unknown: expected one of {', '.join(COREML_QUANTS)}")
+    if target != "coreml" and profile:
+        raise InputError("--profile is for Core ML: add --target coreml")
+    if target == "coreml" and memory is not None:
+        raise InputError("--fits is for onnxruntime: what Core ML takes of memory cannot be told from here")
+    asked = bool(quant or block or overrides)
     if (Path(path) / MANIFEST).exists():
-        bundle = read_bundle(path, verify=False)
-        graphs = ", ".join(f"{g['file']} ({g.get('function', g['wkv'])}, {g['arithmetic']})" for g in bundle.manifest["graphs"])
-        what, column, spec, stored = f"bundle: {graphs}", "stored as", bundle.spec, bundle.tensors
-        sizes = {name: f["bytes"] for name, f in bundle.manifest["files"].items()}
-        sizes[MANIFEST] = (bundle.path / MANIFEST).stat().st_size
-        tokenizer = bundle.manifest["tokenizer"]
-        if bundle.target == "coreml" and memory is not None:
-            raise InputError(f"{path} is for Core ML, whose memory cannot be told from here: --fits is for onnxruntime")
-        about |= {"wkv": bundle.manifest["graphs"][0]["wkv"], "nbytes": sum(sizes.values())}
-        about |= {"tokenizer_bytes": sizes[tokenizer["file"]] if tokenizer else 0}
+        if asked or target != "onnx":
+            raise QuantizeError(f"{path} is stored as it is: --target, --quant, --block and --override are for checkpoints")
+        return _bundle(path, memory)
+    checkpoint = open_checkpoint(path)
+    spec, file = checkpoint.spec, tokenizer_beside(checkpoint.path, checkpoint.spec.n_vocab)
+    tokenizer_bytes = file.stat().st_size if file else 0
+    if checkpoint.quantized:
+        if asked or target != "onnx":
+            raise QuantizeError(f"{path} is stored as it is: --target, --quant, --block and --override are for checkpoints")
+        plans = {"as stored": {name: t.recipe for name, t in checkpoint.tensors.items()}}
+        found = _found("quantized checkpoint", "stored as", spec, plans["as stored"])
+    elif target == "coreml":
+        return _coreml(spec, profile, quant, block, overrides, tokenizer_bytes)
     else:
-        checkpoint = open_checkpoint(path)
-        what, column, spec, stored = "checkpoint", f"as {quant or 'int4'}", checkpoint.spec, checkpoint.tensors
-        if checkpoint.quantized:
-            what, column = "quantized checkpoint", "stored as"
-        tokenizer_file = tokenizer_beside(checkpoint.path, spec.n_vocab)
-        about |= {"tokenizer_bytes": tokenizer_file.stat().st_size if tokenizer_file else 0}
-    if column == "stored as":
-        if quant or block or overrides:
-            raise QuantizeError(f"{path} is stored as it is: --quant, --block and --override are for checkpoints")
-        recipes: Plan = {name: t.recipe for name, t in stored.items()}
-        plans = {"as stored": recipes} if "wkv" not in about or bundle.target == "onnx" else {}
-    else:
-        recipes = plan(spec, quant or "int4", block=block, overrides=overrides)
-        asked = [(quant or "int4", block)] if quant or block or overrides else RECIPES
-        plans = {_name(q, b, overrides): plan(spec, q, block=b, overrides=overrides) for q, b in asked}
+        found = _found(
+            "checkpoint", f"as {quant or 'int4'}", spec, plan(spec, quant or "int4", block=block, overrides=overrides)
+        )
+        recipes = [(quant or "int4", block)] if asked else RECIPES
+        plans = {_name(q, b, overrides): plan(spec, q, block=b, overrides=overrides) for q, b in recipes}
+    return _with_forecasts(found, spec, plans, memory, tokenizer_bytes=tokenizer_bytes)
+
+
+def _found(what: str, column: str, spec: Spec, plan: Plan) -> Inspection:
+    """What is there, without forecasts."""
     rows = tuple(
-        TensorRow(name, 1, w.shape, w.kind, str(recipes[name]), recipes[name].nbytes(w.shape))
-        for name, w in spec.weights.items()
+        TensorRow(name, 1, w.shape, w.kind, str(plan[name]), plan[name].nbytes(w.shape)) for name, w in spec.weights.items()
     )
-    rate = bandwidth() if plans else {}
-    forecasts = tuple(forecast(spec, p, recipe=name, bandwidth=rate, memory=memory, **about) for name, p in plans.items())
     nbytes = sum(r.nbytes for r in rows)
-    return Inspection(what, column, spec.sizes, spec.n_parameters, spec.state_bytes, rows, nbytes, forecasts, rate)
+    return Inspection(what, column, spec.sizes, spec.n_parameters, spec.state_bytes, rows, nbytes, {}, (), (), {})
+
+
+def _with_forecasts(found: Inspection, spec: Spec, plans: Mapping[str, Plan], memory: int | None, **about: Any) -> Inspection:
+    rate = bandwidth()
+    forecasts = tuple(forecast(spec, p, recipe=name, bandwidth=rate, memory=memory, **about) for name, p in plans.items())
+    return replace(found, forecasts=forecasts, bandwidth=rate)
+
+
+def _bundle(path: str | Path, memory: int | None) -> Inspection:
+    """A bundle, with a forecast of what onnxruntime takes for it."""
+    b = read_bundle(path, verify=False)
+    graphs, recipes = b.manifest["graphs"], {name: t.recipe for name, t in b.tensors.items()}
+    if b.target == "coreml":
+        if memory is not None:
+            raise InputError(f"{path} is for Core ML, whose memory cannot be told from here: --fits is for onnxruntime")
+        about = {name: graphs[0][name] for name in ("profile", "state", "needs")}
+        about |= {"packages": graphs[0]["parts"], "T": max(g["T"] for g in graphs)}
+        found = _found("bundle for Core ML", "stored as", b.spec, recipes)
+        return replace(found, about=about, state_bytes=b.spec.state_bytes // 2)
+    sizes = {name: f["bytes"] for name, f in b.manifest["files"].items()}
+    nbytes = sum(sizes.values()) + (b.path / MANIFEST).stat().st_size
+    tokenizer = b.manifest["tokenizer"]
+    what = "bundle: " + ", ".join(f"{g['file']} ({g['wkv']}, {g['arithmetic']})" for g in graphs)
+    found = _found(what, "stored as", b.spec, recipes)
+    more = {"wkv": graphs[0]["wkv"], "nbytes": nbytes, "tokenizer_bytes": sizes[tokenizer["file"]] if tokenizer else 0}
+    return _with_forecasts(found, b.spec, {"as stored": recipes}, memory, **more)
+
+
+def _coreml(
+    spec: Spec, profile: str | None, quant: str | None, block: int | None, overrides: Sequence[str], tokenizer_bytes: int
+) -> Inspection:
+    """A checkpoint, with forecasts for Core ML: of what was asked for, or of every width of the profiles."""
+    forecasts: list[CoremlForecast] = []
+    shown: Plan | None = None
+    for p in [profile] if profile else [name for name in COREML_QUANTS if quant is None or quant in COREML_QUANTS[name]]:
+        first = COREML_DEFAULTS[p]
+        if quant or block or overrides:
+            quants = [quant or first]
+        else:
+            quants = [first, *(q for q in COREML_QUANTS[p] if q != first)]
+        plans = {_name(q, block, overrides): coreml_plan(spec, q, p, block=block, overrides=overrides) for q in quants}
+        graph_bytes = coreml_graph_bytes(spec, next(iter(plans.values())), p)
+        shown = shown or next(iter(plans.values()))
+        more: dict[str, Any] = {"profile": p, "graph_bytes": graph_bytes, "tokenizer_bytes": tokenizer_bytes}
+        forecasts += [coreml_forecast(spec, plan, recipe=name, **more) for name, plan in plans.items()]
+    if shown is None:
+        raise QuantizeError(f"quant {quant!r} is not for Core ML: expected fp16, int8, int4, lut4 or lut6")
+    found = _found("checkpoint", f"as {forecasts[0].recipe}", spec, shown)
+    return replace(found, coreml=tuple(forecasts), state_bytes=spec.state_bytes // 2)
 
 
 def _name(quant: str, block: int | None, overrides: Sequence[str]) -> str:

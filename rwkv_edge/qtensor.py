@@ -168,6 +168,8 @@ class Recipe:
     def __str__(self) -> str:
         if self.rows:
             return f"lut{self.bits}, {self.rows} rows a table"
+        if self.half and self.bits == 8:
+            return "int8, a scale a row"
         return f"int{self.bits} block {self.block}" if self.block else f"fp{self.bits}"
 
 

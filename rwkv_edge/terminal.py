@@ -74,17 +74,40 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1)
 
 def print_inspection(path: object, found: Any, tensors: bool) -> None:
     """What a file holds, in groups or tensor by tensor."""
-    spec = found.spec
+    spec, coreml = found.spec, bool(found.about or found.coreml)
     click.echo(f"{path}: RWKV-{spec['version']} {found.what}")
     sizes = "  ".join(f"{name} {value:,}" for name, value in spec.items() if name != "version")
     click.echo(f"{found.n_parameters:,} parameters  {sizes}")
-    click.echo(f"state {size(found.state_bytes)}\n")
-    if found.forecasts:
+    click.echo(f"state {size(found.state_bytes)}{', in float16' if coreml else ''}\n")
+    if found.about:
+        about = found.about
+        packages = "1 package" if about["packages"] == 1 else f"{about['packages']} packages"
+        click.echo(
+            f"profile {about['profile']}, {about['state']} state, {packages}: decode takes 1 token, prefill {about['T']}; "
+            f"iOS {about['needs']['ios']}, macOS {about['needs']['macos']}\n"
+        )
+    elif found.coreml:
+        _print_coreml_forecasts(found)
+    elif found.forecasts:
         _print_forecasts(found)
     rows = found.rows if tensors else found.grouped
     cells = [(r.name, str(r.n), "x".join(map(str, r.shape)), r.recipe, size(r.nbytes)) for r in rows]
     table(("tensor", "n", "shape", found.column, "size"), cells)
     click.echo(f"\n{size(found.nbytes)} of weights, {8 * found.nbytes / found.n_parameters:.2f} bits each")
+
+
+def _print_coreml_forecasts(found: Any) -> None:
+    """What each recipe takes of a disk; the rest is for a Mac to tell."""
+    head = ("recipe", "profile", "bundle", "bits", "packages", "largest")
+    rows = [
+        (f.recipe, f.profile, size(f.nbytes), f"{f.bits_per_weight:.2f}", str(f.packages), size(f.largest_bytes))
+        for f in found.coreml
+    ]
+    table(head, rows, words=2)
+    click.echo(
+        "\nA forecast for Core ML. bundle: on disk. bits: per weight. largest: of the packages, its weights.\n"
+        "What it takes of memory and how fast it is, only a Mac or a phone can tell.\n"
+    )
 
 
 def _print_forecasts(found: Any) -> None:
@@ -108,41 +131,33 @@ def _print_forecasts(found: Any) -> None:
     table(head, rows)
     rates = ", ".join(f"{rate / 1e9:.1f} GB/s on {n}" for n, rate in found.bandwidth.items())
     click.echo(
-        "\nA forecast. bundle: on disk. bits: per weight. memory: at most, reading a long prompt; anon: of it,\n"
-        "backed by no file. read: weights for one token, as onnxruntime holds them. tok/s: to decode on so\n"
-        f"many threads here, where numpy just read memory at {rates}.\n"
+        "\nA forecast, with onnxruntime. bundle: on disk. bits: per weight. memory: at most, reading a long\n"
+        "prompt; anon: of it, backed by no file. read: weights for one token, as they are held. tok/s: to\n"
+        f"decode on so many threads here, where numpy just read memory at {rates}.\n"
     )
 
 
 def print_report(report: Any) -> None:
     click.echo(f"{report.bundle}: {report.n_tokens} tokens, against its own weights in float64")
-    head = ("graph", "arithmetic", "tokens", "max", "rms", "KL", "top-1", "state", "")
+    head = ("graph", "arithmetic", "tokens", "n", "max", "rms", "KL", "top-1", "state", "")
     rows = [
-        (
-            row.file,
-            row.arithmetic,
-            row.fed,
-            f"{row.own.max_abs:.1e}",
-            f"{row.own.rms:.1e}",
-            f"{row.own.kl:.1e}",
-            f"{100 * row.own.top1:.1f} %",
-            f"{row.state:.1e}",
-            "ok" if row.ok else "WRONG",
-        )
+        (row.file, row.arithmetic, row.fed, *_difference(row.own), f"{row.state:.1e}", "ok" if row.ok else "WRONG")
         for row in report.rows
     ]
-    r = report.rounding
-    rows.append(("numpy", "float32", "", f"{r.max_abs:.1e}", f"{r.rms:.1e}", f"{r.kl:.1e}", f"{100 * r.top1:.1f} %", "", ""))
+    rows.append(("numpy", "float32", "", *_difference(report.rounding), "", ""))
     table(head, rows, words=3)
     allowed = report.limits
     click.echo(
-        "max, rms: of the logits, in their deviations; KL: nats a token; state: at most, in its own deviations.\n"
+        "n: tokens whose logits are compared. max, rms: of these, in their deviations; KL: nats a token;\n"
+        "state: at most, in its own deviations.\n"
         + (
             f"Allowed: exact graphs {allowed['exact_max']:.1e} max, {allowed['exact_state']:.1e} state; with int8 activations "
             f"{allowed['int8_rms']} rms,\nand the graph must be the exact one but for the rounding of activations."
             if "int8_rms" in allowed
-            else f"Allowed: in float64 {allowed['exact_max']:.0e}; in float16, as the file says, KL {allowed['native_kl']}.\n"
-            "Computed from the packages' own files by our interpreter: what Core ML does with them, only a Mac shows."
+            else f"Allowed: exact, in float64, {allowed['exact_max']:.0e}; native, in float16 as the file says, "
+            f"KL {allowed['native_kl']}.\n"
+            "Computed from the packages' own files by our interpreter: what Core ML does with them, only a\n"
+            "Mac shows. Prefill gives the logits of its last token alone."
         )
     )
     verdict = "computes its own weights" if report.ok else "does NOT compute its own weights"
@@ -154,9 +169,13 @@ def print_report(report: Any) -> None:
         runs = [row for row in report.rows if not ("native_kl" in allowed and row.arithmetic == "exact")]
         costs += [(f"{row.file}, {row.fed}", row.cost) for row in runs]
         table(
-            ("", "max", "rms", "KL", "top-1"),
-            [(what, f"{d.max_abs:.1e}", f"{d.rms:.1e}", f"{d.kl:.1e}", f"{100 * d.top1:.1f} %") for what, d in costs],
+            ("", "n", "max", "rms", "KL", "top-1"),
+            [(what, *_difference(d)) for what, d in costs],
         )
+
+
+def _difference(d: Any) -> tuple[str, ...]:
+    return str(d.n), f"{d.max_abs:.1e}", f"{d.rms:.1e}", f"{d.kl:.1e}", f"{100 * d.top1:.1f} %"
 
 
 def size(n: int) -> str:
@@ -180,7 +199,8 @@ def stats_line(model: Any, generation: Any, load_s: float | None = None) -> str:
     parts = [f"read {_tokens(s.n_prompt)} at {_tok_s(s.n_prompt / s.prefill_s)} tok/s"] if s.n_prompt else []
     if s.n_generated > 1:
         tok_s = s.n_generated / s.decode_s
-        parts.append(f"wrote {s.n_generated} at {_tok_s(tok_s)} tok/s ({tok_s * model.bytes_per_token / 1e9:.1f} GB/s)")
+        rate = "" if model.interpreted else f" ({tok_s * model.bytes_per_token / 1e9:.1f} GB/s)"
+        parts.append(f"wrote {s.n_generated} at {_tok_s(tok_s)} tok/s{rate}")
     if load_s is not None:
         parts.append(f"loaded in {load_s:.2f} s")
     peak, _ = memory()

@@ -318,6 +318,19 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("n_tokens", [2, 17, 32])
+def test_prefill_is_proven_too_however_few_tokens_are_asked_for(n_tokens, bundle, tmp_path):
+    """It takes 16 at a time, neither more nor fewer."""
+    path = tmp_path / "b"
+    shutil.copytree(bundle("odd", target="coreml", quant="fp16"), path)
+    graph_fault(lambda ops, m: setattr(first(ops, "tanh"), "type", "sigmoid"), "prefill")(path)
+    reseal(path)
+    report = check(path, n_tokens=n_tokens)
+    assert [row.ok for row in report.rows] == [True, False, True, False]
+    assert report.n_tokens == 16 * -(-n_tokens // 16)
+    assert [row.own.n for row in report.rows] == [report.n_tokens, report.n_tokens // 16] * 2
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(fault, bundle, tmp_path):
     path = tmp_path / "b"
@@ -668,7 +681,7 @@ def test_half_scales_keep_the_error_small():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"profile": "ane", "quant": "int4"}, QuantizeError, "Neural Engine computes integers in blocks wrongly.*use lut4"),
+        ({"profile": "ane", "quant": "int4"}, QuantizeError, "Engine is reported to .* wrongly, .*: use lut4, or profile gpu"),
         ({"quant": "none"}, QuantizeError, "Core ML computes in float16: use fp16"),
         ({"quant": "lut5"}, QuantizeError, "'lut5' is unknown: profile ane takes fp16, int8, lut4, lut6"),
         ({"quant": "fp16", "block": 32}, QuantizeError, "block 32 says nothing with quant fp16"),
@@ -682,7 +695,8 @@ def test_half_scales_keep_the_error_small():
         ({"wkv": "plain"}, ExportError, "is of target onnx"),
         ({"part_bytes": 0}, ExportError, "part_bytes 0 is not possible"),
         ({"target": "tflite"}, ExportError, "target 'tflite' is unknown: expected one of onnx, coreml"),
-        ({"target": "onnx", "profile": "ane"}, ExportError, "go with target coreml"),
+        ({"target": "onnx", "profile": "ane"}, ExportError, "profile ane is for Core ML: give target coreml with it"),
+        ({"target": "onnx", "quant": "lut6"}, QuantizeError, "quant lut6 is for Core ML: give target coreml with it"),
     ],
 )
 def test_what_cannot_be_is_refused(options, error, words, tmp_path, random_pth):

@@ -183,3 +183,62 @@ def test_json_has_all_numbers():
     assert f["recipe"] == "int4, head.weight=8"
     assert list(f["tok_s"]) == ["1", "2"]
     assert json.loads(run(DEMO, "--json").stdout)["forecasts"][0]["fits"] is None
+
+
+# --- Core ML ---
+
+
+@pytest.mark.parametrize("name", ["demo", "v6", "v7a", "world"])
+@pytest.mark.parametrize(("profile", "quant"), [("ane", "fp16"), ("ane", "lut4"), ("gpu", "int4")])
+def test_a_core_ml_bundle_is_as_large_as_was_said(name, profile, quant, bundle, random_pth):
+    path = bundle(name, target="coreml", profile=profile, quant=quant)
+    checkpoint = DEMO if name == "demo" else random_pth(name)
+    (said,) = inspect(checkpoint, target="coreml", profile=profile, quant=quant).coreml
+    nbytes = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    assert (said.recipe, said.profile, said.packages) == (quant, profile, 1)
+    assert abs(said.nbytes / nbytes - 1) < (0.005 if name in ("demo", "world") else 0.05)  # of a small one, half is graph
+    assert said.state_bytes == 2 * sum(math.prod(t["shape"]) for t in read_bundle(path).manifest["state"])
+    found = inspect(path)
+    assert (found.what, found.forecasts, found.coreml, found.state_bytes) == ("bundle for Core ML", (), (), said.state_bytes)
+    assert found.about["profile"] == profile
+    assert found.about["packages"] == 1
+
+
+def test_core_ml_recipes_to_choose_from():
+    found = inspect(DEMO, target="coreml")
+    said = [(f.profile, f.recipe) for f in found.coreml]
+    assert sorted(said) == sorted((p, q) for p in COREML_QUANTS for q in COREML_QUANTS[p])
+    assert [q for p, q in said if (p, q) in COREML_DEFAULTS.items()] == ["lut6", "int4"]
+    assert (said[0], found.column) == (("ane", "lut6"), "as lut6")
+    assert [f.profile for f in inspect(DEMO, target="coreml", quant="int4").coreml] == ["gpu"]
+    result = CliRunner().invoke(cli, ["inspect", str(DEMO), "--target", "coreml", "--profile", "ane", "--quant", "lut4"])
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[4].split() == ["lut4", "ane", "5.3", "MB", "4.94", "1", "4.5", "MB"]
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--profile", "ane"], "--profile is for Core ML: add --target coreml"),
+        (["--target", "coreml", "--fits", "4GB"], "--fits is for onnxruntime"),
+        (["--quant", "lut6"], "quant lut6 is for Core ML: give target coreml with it"),
+        (["--target", "coreml", "--quant", "none"], "quant 'none' is not for Core ML: expected fp16, int8, int4, lut4 or lut6"),
+        (["--target", "coreml", "--profile", "ane", "--quant", "int4"], "use lut4, or profile gpu"),
+    ],
+)
+def test_what_cannot_be_forecast_is_refused(arguments, words):
+    result = CliRunner().invoke(cli, ["inspect", str(DEMO), *arguments])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert words in result.stderr
+
+
+def test_a_core_ml_bundle_has_no_recipe_to_choose(bundle):
+    path = str(bundle("demo", target="coreml", quant="fp16"))
+    for arguments in (["--target", "coreml"], ["--quant", "int4"]):
+        result = CliRunner().invoke(cli, ["inspect", path, *arguments])
+        assert (result.exit_code, "is stored as it is" in result.stderr) == (1, True)
+    result = CliRunner().invoke(cli, ["inspect", path, "--fits", "4GB"])
+    assert (result.exit_code, "--fits is for onnxruntime" in result.stderr) == (1, True)
+    result = CliRunner().invoke(cli, ["inspect", path])
+    assert "profile ane, explicit state, 1 package: decode takes 1 token, prefill 16; iOS 18.0, macOS 15.0" in result.stdout

@@ -740,8 +740,8 @@ def first_value(t: StateTensor) -> float:
     return max(float(t.first), -1e4)
 
 
-def starts(spec: Spec, plan: Plan, profile: str, part_bytes: int | None = None) -> list[int]:
-    """The layers that begin a package; n_layer stands for the norm and the head.
+def split(spec: Spec, plan: Plan, profile: str, part_bytes: int | None = None) -> list[tuple[int, int]]:
+    """The layer that begins each package, and the bytes of its weights; n_layer stands for the norm and the head.
 
     part_bytes  of a package, about; None is as much as the profile's unit takes
     """
@@ -751,12 +751,13 @@ def starts(spec: Spec, plan: Plan, profile: str, part_bytes: int | None = None) 
         if w.kind != "table":
             layer = int(name.split(".")[1]) if name.startswith("blocks.") else 0 if w.kind == "embedding" else spec.n_layer
             sizes[layer] += plan[name].nbytes(w.shape)
-    found, total = [0], 0
+    found = [(0, 0)]
     for i, n in enumerate(sizes):
+        first, total = found[-1]
         if total and total + n > limit:
-            found.append(i)
-            total = 0
-        total += n
+            found.append((i, n))
+        else:
+            found[-1] = (first, total + n)
     return found
 
 
@@ -764,7 +765,7 @@ def trace(spec: Spec, plan: Plan, *, profile: str, state: str, part_bytes: int |
     """Record one step of a model as the two functions of one package, or of several, layer after layer.
 
     state       "explicit": every state tensor goes in and comes out; "packed": Core ML keeps one tensor
-    part_bytes  see `starts`
+    part_bytes  see `split`
 
     The same spec and plan give the same bytes, in any process.
 
@@ -774,7 +775,7 @@ def trace(spec: Spec, plan: Plan, *, profile: str, state: str, part_bytes: int |
         mil.messages()
     except BackendError as e:
         raise ExportError(str(e)) from e
-    begins = starts(spec, plan, profile, part_bytes)
+    begins = [first for first, _ in split(spec, plan, profile, part_bytes)]
     parts = [_record(spec, plan, profile, state == "packed", T, begins) for T in FUNCTIONS.values()]
     packages = []
     for i, first in enumerate(begins):

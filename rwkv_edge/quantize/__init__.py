@@ -2,7 +2,17 @@
 
 from .calibrate import mean_squares
 from .kmeans import kmeans
-from .plan import COREML_QUANTS, QUANTS, coreml_plan, plan
+from .plan import COREML_DEFAULTS, COREML_QUANTS, QUANTS, coreml_plan, plan
 from .rtn import rtn, with_half_scales
 
-__all__ = ["COREML_QUANTS", "QUANTS", "coreml_plan", "kmeans", "mean_squares", "plan", "rtn", "with_half_scales"]
+__all__ = [
+    "COREML_DEFAULTS",
+    "COREML_QUANTS",
+    "QUANTS",
+    "coreml_plan",
+    "kmeans",
+    "mean_squares",
+    "plan",
+    "rtn",
+    "with_half_scales",
+]

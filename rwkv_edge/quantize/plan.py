@@ -26,6 +26,8 @@ def plan(spec: Spec, quant: str, *, block: int | None = None, overrides: Sequenc
 
     Raises  QuantizeError if one of these is not known, matches no tensor, or does not fit a tensor.
     """
+    if quant in ("lut4", "lut6"):
+        raise QuantizeError(f"quant {quant} is for Core ML: give target coreml with it, or one of {', '.join(QUANTS)}")
     if quant not in QUANTS:
         raise QuantizeError(f"quant {quant!r} is unknown: expected one of {', '.join(QUANTS)}")
     if block is not None and quant in ("none", "fp16") and not overrides:
@@ -72,6 +74,7 @@ def _parse(override: str) -> tuple[str, int, int | None]:
 
 # what the matrices and the head become; embedding and low-rank factors are int8 by rows then, vectors always float16
 COREML_QUANTS = {"ane": ("fp16", "int8", "lut4", "lut6"), "gpu": ("fp16", "int8", "int4", "lut4", "lut6")}
+COREML_DEFAULTS = {"ane": "lut6", "gpu": "int4"}
 _ROWS = 16  # that share a table
 
 
@@ -88,7 +91,8 @@ def coreml_plan(
     """
     if quant in ("none", *QUANTS) and quant not in COREML_QUANTS[profile]:
         reason = (
-            "the Neural Engine computes integers in blocks wrongly, or leaves them to the CPU: use lut4"
+            "the Neural Engine is reported to compute integers in blocks wrongly, or leaves them to the CPU: use lut4, or "
+            "profile gpu"
             if quant == "int4"
             else "Core ML computes in float16: use fp16"
         )

@@ -55,6 +55,7 @@ class Model:
     end_of_text  id of the token that ends a text, or None
     sampling     the bundle's defaults
     first        the state that every text begins from, where the bundle has one; None is zeros
+    interpreted  whether numpy computes it, in place of Core ML
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Model:
     ) -> None:
         self.bundle = bundle
         self.spec = bundle.spec
+        self.interpreted = interpret is not None
         about = bundle.manifest["tokenizer"]
         self.tokenizer = open_tokenizer(bundle.path / about["file"]) if about else None
         self.end_of_text: int | None = about["end_of_text"] if about else None
