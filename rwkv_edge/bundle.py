@@ -103,6 +103,7 @@ class _Real:
     high: float
 
 
+_FACTOR = _Real(2.0**-24, 2.0**24)
 _FEATURE = {"name": re.compile("[A-Za-z_][A-Za-z0-9_]*"), "dtype": {"int32", "float16"}, "shape": [_SIZE]}
 _COREML_GRAPH = {
     "file": re.compile(r"[a-z0-9-]+\.mlpackage"),
@@ -112,15 +113,15 @@ _COREML_GRAPH = {
     "parts": _SIZE,
     "target": {"coreml"},
     "profile": {"ane", "gpu"},
-    "wkv": str,
+    "wkv": {"step", "half_step"},
     "T": _SIZE,
     "arithmetic": {"float16"},
+    "scales": {"residual": _FACTOR, "heads": _FACTOR},
     "state": {"explicit", "packed"},
     "inputs": [_FEATURE],
     "outputs": [_FEATURE],
     "needs": {"ios": str, "macos": str},
 }
-_FACTOR = _Real(2.0**-24, 2.0**24)
 _STATE = {"name": str, "shape": [_SIZE], "dtype": {"float32"}, "first": float}
 _PACKED = {"name": str, "shape": [_SIZE], "first_layer": _PLACE, "rows": {...: [_PLACE]}}
 _COREML_TENSOR = {

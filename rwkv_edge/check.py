@@ -37,6 +37,7 @@ INT8_RMS_LIMIT = 0.5
 COREML_EXACT = 1e-10
 # In float16 a sound graph gives 1e-6 to 1e-3 nats; this limit sees a model that float16 does not hold.
 COREML_NATIVE_KL = 1e-2
+COREML_NATIVE_STATE = 1.0  # measured .02 to .1, and above 2 where the memory was lost
 
 TOKENS, COREML_TOKENS = 320, 64  # more than a graph takes at a time; the interpreter is slow
 MAX_TOKENS = 65536  # the reference keeps the logits of all of them
@@ -90,7 +91,7 @@ class Row:
 class Report:
     """What `check` found.
 
-    limits    what is allowed: exact_max, exact_state, int8_rms
+    limits    what is allowed: exact_max, exact_state, int8_rms; of Core ML native_kl and native_state
     rounding  how far numpy's float32 step is from the float64 reference: the measure of what a graph may be off
     weights   the numpy reference on the bundle's weights against the checkpoint: the cost of quantization alone, or None
     """
@@ -166,10 +167,13 @@ def check(
         step()
     model = Model(b, interpret="native") if coreml else Model(b, threads=threads)
     ids, first = _sample(model, n_tokens), model.first.tensors if model.first else None
-    half_scale = 1 / max(t["factor"] for t in b.manifest["state"]) if coreml else None
-    reference, state = run_reference(b.spec, Weights(b.tensors), ids, first, dtype=np.float64, half_scale=half_scale)
+    options: dict[str, Any] = {}
+    if coreml:
+        graph = b.graph("decode")
+        options = {"wkv_form": graph["wkv"], "half_scales": (graph["scales"]["residual"], graph["scales"]["heads"])}
+    reference, state = run_reference(b.spec, Weights(b.tensors), ids, first, dtype=np.float64, **options)
     step()
-    single, single_state = run_reference(b.spec, Weights(b.tensors), ids, first, half_scale=half_scale)
+    single, single_state = run_reference(b.spec, Weights(b.tensors), ids, first, **options)
     rounding, state_rounding = difference(single, reference), _state_apart(single_state, state)
     limit = max(EXACT_FLOOR, EXACT_RATIO * rounding.max_abs)
     state_limit = max(STATE_FLOOR, STATE_RATIO * state_rounding)
@@ -182,7 +186,8 @@ def check(
     if coreml:
         rows = [_interpreted(b, *how, ids, reference, state, original, step) for how in interpreted]
         weights = difference(reference, original) if original is not None else None
-        limits = {"exact_max": COREML_EXACT, "exact_state": COREML_EXACT, "native_kl": COREML_NATIVE_KL}
+        limits = {"exact_max": COREML_EXACT, "exact_state": COREML_EXACT}
+        limits |= {"native_kl": COREML_NATIVE_KL, "native_state": COREML_NATIVE_STATE}
         return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, weights)
     rows = []
     for role in map(str, roles):
@@ -243,8 +248,11 @@ def _interpreted(
             f"reading {fed}, logits differ by {own.max_abs:.2g} of their deviation and the state by {apart:.2g} of its "
             f"(allowed {COREML_EXACT:.0e})"
         )
-    elif arithmetic == "native" and not own.kl <= COREML_NATIVE_KL:
-        fault = f"reading {fed}, float16 gives logits of KL {own.kl:.2g} (allowed {COREML_NATIVE_KL})"
+    elif arithmetic == "native" and not (own.kl <= COREML_NATIVE_KL and apart <= COREML_NATIVE_STATE):
+        fault = (
+            f"reading {fed}, float16 gives logits of KL {own.kl:.2g} (allowed {COREML_NATIVE_KL}) and a state {apart:.2g} of "
+            f"its deviation off (allowed {COREML_NATIVE_STATE:g})"
+        )
     cost = difference(np.stack(logits), original[at]) if original is not None else None
     step()
     name = graphs[0]["file"] if len(graphs) == 1 else f"{len(graphs)} parts"
@@ -270,7 +278,12 @@ def _sample(model: Model, n_tokens: int) -> list[int]:
             logits, state = model.feed(ids[-1:], state)
             ids.append(sample(logits, sampling, rng))
     except BackendError as e:
-        raise CheckFailed(f"{model.bundle.path}: {e}", None) from e
+        where = f"{model.bundle.path}, after {len(ids)} tokens"
+        if model.interpreted:
+            raise CheckFailed(
+                f"{where}: the logits are not finite: the packages are wrong, or float16 does not hold this model", None
+            ) from e
+        raise CheckFailed(f"{where}: {e}", None) from e
     return ids
 
 

@@ -191,6 +191,18 @@ def _gather(x: Array, indices: Array, axis: Array, batch_dims: Array, validate_i
     return x[indices]
 
 
+def _cast(x: Array, dtype: str) -> Array:
+    if dtype != "fp16":
+        raise BundleError(f"a cast to {dtype}, which nothing here writes")
+    return x
+
+
+def _concat(values: list[Array], axis: Array, interleave: Array) -> Array:
+    if interleave:
+        raise BundleError("a concat that interleaves, which nothing here writes")
+    return np.concatenate(values, int(axis))
+
+
 def _slice(x: Array, begin: Array, end: Array) -> Array:
     if not all(0 <= a < b <= n for a, b, n in zip(begin, end, x.shape, strict=True)):
         raise BundleError(f"a slice from {begin} to {end} of {x.shape}")
@@ -225,8 +237,8 @@ def _scaled(data: Array, scale: Array) -> Array:
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "abs": lambda x: np.abs(x),
     "add": lambda x, y: x + y,
-    "cast": lambda x, dtype: x,
-    "concat": lambda values, axis, interleave: np.concatenate(values, int(axis)),
+    "cast": _cast,
+    "concat": _concat,
     "conv": _conv,
     "exp": lambda x: np.exp(x),
     "gather": _gather,

@@ -290,19 +290,27 @@ class Numpy:
 class HalfConstants(Numpy):
     """The same, with every number that stands in a model's formulas rounded to float16, as a graph in float16 has it.
 
-    scale  at which the graph keeps what norms take: the square of it is in their eps before it is rounded
+    scales  at which the graph keeps what layer norms and head norms take: their eps is rounded with its square in it
     """
 
-    def __init__(self, n_head: int, wkv_form: str, dtype: npt.DTypeLike, scale: float) -> None:
+    def __init__(self, n_head: int, wkv_form: str, dtype: npt.DTypeLike, scales: tuple[float, float]) -> None:
         super().__init__(n_head, wkv_form, dtype)
-        self.scale = scale
+        self.residual, self.of_heads = scales
 
     def sigmoid(self, x: Array) -> Array:
         return super().sigmoid(x).view(_HalfConstants)
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
-        eps = max(float(np.float16(eps * self.scale**2)), 2.0**-24) / self.scale**2
-        return super().layer_norm(x, weight, bias, eps=eps)
+        return super().layer_norm(x, weight, bias, eps=_half_eps(eps, self.residual))
+
+    def head_norm(self, x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
+        eps = _half_eps(eps, self.of_heads)
+        return super().layer_norm(x, weight.reshape(self.n_head, -1), bias.reshape(self.n_head, -1), eps=eps)
+
+
+def _half_eps(eps: float, scale: float) -> float:
+    """As float16 holds it, at least its smallest number."""
+    return max(float(np.float16(eps * scale**2)), 2.0**-24) / scale**2
 
 
 class _HalfConstants(np.ndarray[Any, Any]):

@@ -39,17 +39,19 @@ def run_reference(
     *,
     wkv_form: str = "step",
     dtype: npt.DTypeLike = np.float32,
-    half_scale: float | None = None,
+    half_scales: tuple[float, float] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Run the step in numpy: the reference.
 
     state  `{layer}.{tensor}` in the shapes of the spec, wkv as [head, value, key]; None begins anew
-    half_scale  round the numbers in the formulas (eps, e^-.5) to float16, as a Core ML graph has them that keeps what its
-                norms take at this scale; None does not round
+    half_scales  round the numbers in the formulas (eps, e^-.5) to float16, as a Core ML graph has them that keeps at these
+                 scales what layer norms and head norms take; None does not round
 
     Returns  logits (T, V) of every token, and the state after the last
     """
-    F = Numpy(spec.n_head, wkv_form, dtype) if half_scale is None else HalfConstants(spec.n_head, wkv_form, dtype, half_scale)
+    F = Numpy(spec.n_head, wkv_form, dtype)
+    if half_scales is not None:
+        F = HalfConstants(spec.n_head, wkv_form, dtype, half_scales)
     key_first = wkv_form == "linear_attention"
 
     def turn(x: Array) -> Array:

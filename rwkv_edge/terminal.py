@@ -155,7 +155,7 @@ def print_report(report: Any) -> None:
             f"{allowed['int8_rms']} rms,\nand the graph must be the exact one but for the rounding of activations."
             if "int8_rms" in allowed
             else f"Allowed: exact, in float64, {allowed['exact_max']:.0e}; native, in float16 as the file says, "
-            f"KL {allowed['native_kl']}.\n"
+            f"KL {allowed['native_kl']}, state {allowed['native_state']:g}.\n"
             "Computed from the packages' own files by our interpreter: what Core ML does with them, only a\n"
             "Mac shows. Prefill gives the logits of its last token alone."
         )

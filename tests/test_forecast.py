@@ -1,6 +1,7 @@
 """That inspect says beforehand what export writes; how memory and speed come out is measured by hand, in forecast.py."""
 
 import json
+import math
 
 import factory
 import pytest
@@ -8,13 +9,14 @@ from click.testing import CliRunner
 from conftest import DEMO
 
 from rwkv_edge import inspection
+from rwkv_edge.bundle import read_bundle
 from rwkv_edge.cli import cli
 from rwkv_edge.convert import export
 from rwkv_edge.errors import InputError
 from rwkv_edge.forecast import bandwidth, forecast, parse_size
 from rwkv_edge.inspection import inspect
 from rwkv_edge.models import spec_of
-from rwkv_edge.quantize import plan
+from rwkv_edge.quantize import COREML_DEFAULTS, COREML_QUANTS, plan
 
 RATE = {1: 20e9, 2: 30e9}
 

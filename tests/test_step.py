@@ -276,6 +276,45 @@ def test_no_part_of_a_form_can_change_unseen(file, name, form, line, mutant, wei
     assert not max(apart(logits, expected), *(apart(x, after[n]) for n, x in state.items())) <= 1000 * FORMS
 
 
+def half_step(weights, monkeypatch, mutated=rwkv4):
+    """How far RWKV-4's form for float16 is from the paper's line; p may be any, so what counts is a e^p. b stays small."""
+    spec, W = weights("v4")
+    W = {n: x * 4 if n.endswith("att.key.weight") else x - 3 if n.endswith("time_decay") else x for n, x in W.items()}
+    ids = [*factory.tokens(120, spec.n_vocab), *[7] * 100]  # where a token is repeated, b grows
+    _, before = run_reference(spec, W, factory.tokens(120, spec.n_vocab), dtype=np.float64)
+    expected, after = run_reference(spec, W, ids, before, dtype=np.float64)
+    monkeypatch.setattr(reference, "model_of", lambda version: mutated)
+    logits, state = run_reference(spec, W, ids, before, wkv_form="half_step", dtype=np.float64)
+    for n in [n for n in state if n.endswith("pp")]:
+        if not state[n[:-2] + "bb"].max() < 9:
+            return np.inf
+        for sums in (n[:-2] + "aa", n[:-2] + "bb"):
+            state[sums] = state[sums] * np.exp(state[n] - after[n])
+        state[n] = after[n]
+    return max(apart(logits, expected), *(apart(x, after[n]) for n, x in state.items()))
+
+
+def test_the_form_for_float16_is_the_same_recurrence(weights, monkeypatch):
+    assert half_step(weights, monkeypatch) <= FORMS
+
+
+@pytest.mark.parametrize(
+    ("line", "mutant"),
+    [
+        ("(e1 * a) * F.exp(w) + e2 * v,", "e1 * a + e2 * v,"),
+        ("(e1 * a) * F.exp(w) + e2 * v,", "(e1 * a) * F.exp(w) - e2 * v,"),
+        ("(e1 * b) * F.exp(w) + e2\n", "(e1 * b) * F.exp(w)\n"),
+        ("F.exp(p - q), F.exp(k - q)", "F.exp(k - q), F.exp(p - q)"),
+        ("e = F.exp(q - new_p)", "e = F.exp(new_p - q)"),
+        ("(a * e, b * e, new_p)", "(a, b * e, new_p)"),
+        ("(a * e, b * e, new_p)", "(a * e, b * e, q)"),
+        ("F.sigmoid((8.0 - b) * -256.0) - ", "0.0 - "),
+    ],
+)
+def test_no_part_of_the_form_for_float16_can_change_unseen(line, mutant, weights, monkeypatch):
+    assert not half_step(weights, monkeypatch, mutate(rwkv4, line, mutant)) <= 1000 * FORMS
+
+
 @pytest.mark.parametrize("form", ["chunk", "linear_attention"])
 @pytest.mark.parametrize("name", ["v4", "v5.2", "v6"])
 def test_decays_without_a_floor_do_no_harm(name, form, weights):

@@ -29,40 +29,61 @@ _OPSET, _SPECIFICATION = "CoreML8", 9
 _STATE = "rwkv_state"  # what Core ML keeps
 _MAX_ROWS = 16_384  # of one convolution on the Neural Engine
 _PART_BYTES = 1 << 30  # of one package on it, about
-# relu(k)^2 leaves float16 beyond k = 255: k is divided by 16 before, and what takes the squares is stored times 256.
-# Rows of an embedding are small, and their scales in int8 below float16's normal numbers, which a unit may take as 0: they
-# are stored times 16. The norm that takes them undoes it, with an eps that is 256 times its own and a normal number too.
-_KEY, _EMBEDDING = 1 / 16, 16.0
-# Before version 7 the residual stream leaves float16 in deep models (the rwkv package halves it after every 6 layers,
-# RESCALE_LAYER), and so do the values that are remembered, where decays are slow. Both are kept at a sixteenth: values, and
-# what is added to the stream, are stored so, and the norms that read them undo it. 7 has run in float16 as it is.
-_SCALE = {"4": 1 / 16, "5": 1 / 16, "6": 1 / 16, "7": 1.0}
-_VALUES = ("aa", "wkv")  # state tensors of values
+# Powers of two that keep what is large within float16, and what is small above its subnormal numbers, which a unit may take as
+# 0. Each is folded into weights and undone by a norm, whose eps has its square; so they cost no operation.
+_RESIDUAL = 1 / 16  # of the stream: in deep models it leaves float16 (the rwkv package halves it every 6 layers, RESCALE_LAYER)
+_KEY = 1 / 4  # relu(k)^2 leaves float16 beyond k = 255; k / 4 squared is at the stream's scale
+_VALUES = 1 / 16  # before version 7: what is remembered of values, where decays are slow; 7 erases what it writes over
+_READ = 1 / 4  # in 5 and 6, of receptance: what is read of it is another sum of many
+_EMBEDDING = 16.0  # its rows are small
+_OF_VALUES = ("aa", "wkv")  # state tensors
 
 
-def scale(spec: Spec) -> float:
-    """Of the residual stream and of remembered values in the graph, a power of two."""
-    return _SCALE[spec.version[0]]
+@dataclass(frozen=True)
+class Scales:
+    """How large the graph keeps what norms take, in powers of two.
+
+    residual  the stream
+    values    state tensors of values
+    heads     what is read of them, before the norm of every head
+    """
+
+    residual: float
+    values: float
+    heads: float
+
+    @classmethod
+    def of(cls, spec: Spec) -> "Scales":
+        version = spec.version[0]
+        values = 1.0 if version == "7" else _VALUES
+        return cls(_RESIDUAL, values, values * (_READ if version in "56" else 1.0))
 
 
 def factor(spec: Spec, name: str) -> float:
     """What a weight is multiplied by before it is stored: a power of two that cancels inside the graph."""
-    s = scale(spec)
+    scales = Scales.of(spec)
     ends = {
         "emb.weight": _EMBEDDING,
-        "ln0.weight": s,
-        "ln0.bias": s,
-        ".att.value.weight": s,
-        ".ln_x.weight": s,
-        ".ln_x.bias": s,
-        ".ffn.value.weight": s / _KEY**2,
+        ".ln0.weight": scales.residual,
+        ".ln0.bias": scales.residual,
+        ".ln_x.weight": scales.residual,
+        ".ln_x.bias": scales.residual,
+        ".r_k": scales.residual,
+        ".ffn.value.weight": scales.residual / _KEY**2,
+        ".att.value.weight": scales.values,
+        ".att.receptance.weight": _READ if spec.version[0] in "56" else 1.0,
     }
     return next((f for end, f in ends.items() if name.endswith(end)), 1.0)
 
 
+def wkv_form(spec: Spec) -> str:
+    """Which of a model's forms of the WKV is recorded: its own for float16, or the paper's line."""
+    return "half_step" if "half_step" in model_of(spec.version).WKV else "step"
+
+
 def state_about(spec: Spec, t: StateTensor) -> dict[str, float]:
     """What a manifest says of a state tensor: its first value, and what the graph's is multiplied by to be the model's."""
-    return {"first": first_value(t), "factor": 1 / scale(spec) if t.name in _VALUES else 1.0}
+    return {"first": first_value(t), "factor": 1 / Scales.of(spec).values if t.name in _OF_VALUES else 1.0}
 
 
 # --- what operations take ---
@@ -202,6 +223,13 @@ class Change:
     def __sub__(self, other: Value) -> "Change":
         return Change(self.S, self.d - other)
 
+    def __rsub__(self, other: Any) -> Value:
+        found: Value = other - self.made
+        return found
+
+    def __mul__(self, other: Value) -> Value:
+        return self.made * other
+
     def __matmul__(self, other: Value) -> Value:
         return self.made @ other
 
@@ -217,12 +245,11 @@ class Mil:
     The same operation on the same values is recorded once.
     """
 
-    wkv_form = "step"
-
     def __init__(self, spec: Spec, profile: str, T: int) -> None:
+        self.wkv_form = wkv_form(spec)
         self.ane, self.T = profile == "ane", T
         self.C, self.H, self.N = spec.n_embd, spec.n_head, spec.head_size
-        self.tables, self.scale = spec.tables, scale(spec)
+        self.tables, self.scales = spec.tables, Scales.of(spec)
         self.ops: list[Op] = []
         self._named = 0
         self._memo: dict[Any, list[Value]] = {}
@@ -431,21 +458,17 @@ class Mil:
 
     def layer_norm(self, x: Value, weight: Parameter, bias: Parameter, *, eps: float) -> Value:
         given: dict[str, Any] = dict(gamma=_whole(weight, weight.shape), beta=_whole(bias, bias.shape))
-        eps = self.eps(eps)
+        eps = _eps(eps, self.scales.residual)
         if weight.name == "blocks.0.ln0.weight":
-            eps *= (_EMBEDDING / self.scale) ** 2
+            eps *= (_EMBEDDING / self.scales.residual) ** 2
         return self.op("layer_norm", x.shape, x=x, axes=_ints((self.channels,)), **given, epsilon=_half(eps))
-
-    def eps(self, eps: float) -> float:
-        """For what is kept at `scale`; not 0, where a token's numbers may all be the same."""
-        return max(float(np.float16(eps * self.scale**2)), _SMALLEST)
 
     def head_norm(self, x: Value, weight: Parameter, bias: Parameter, *, eps: float) -> Value:
         T = x.shape[self.time]
         shape = (self.H, self.N, 1, T) if self.ane else (1, T, self.H, self.N)
         x = self.reshape(self.whole(x), shape)
         axes = _ints((1,) if self.ane else (3,))
-        x = self.op("layer_norm", shape, x=x, axes=axes, epsilon=_half(self.eps(eps)))
+        x = self.op("layer_norm", shape, x=x, axes=axes, epsilon=_half(_eps(eps, self.scales.heads)))
         x = self.reshape(x, self.activation(T, self.C))
         return (x * self.vector(weight) + self.vector(bias)).like(form="packed")
 
@@ -522,6 +545,11 @@ class Mil:
 
 _TINY = 2.0**-14  # the smallest normal number of float16: a unit may take those below as 0
 _SMALLEST = 2.0**-24
+
+
+def _eps(eps: float, scale: float) -> float:
+    """For what is kept at a scale; never 0, for a token's numbers may all be the same."""
+    return max(float(np.float16(eps * scale**2)), _SMALLEST)
 
 
 def _sign(x: Any) -> int:
@@ -790,9 +818,10 @@ def trace(spec: Spec, plan: Plan, *, profile: str, state: str, part_bytes: int |
                 "parts": len(begins),
                 "target": "coreml",
                 "profile": profile,
-                "wkv": Mil.wkv_form,
+                "wkv": wkv_form(spec),
                 "T": T,
                 "arithmetic": "float16",
+                "scales": {"residual": Scales.of(spec).residual, "heads": Scales.of(spec).heads},
                 "state": state,
                 "inputs": [_said(x) for x in fn.inputs],
                 "outputs": [_said(x) for x in fn.outputs],

@@ -77,7 +77,7 @@ def channel_mix(F: Any, W: Any, x: Any, x_last: Any) -> tuple[Any, Any]:
     return F.sigmoid(F.linear(x_r, W["receptance.weight"])) * k, x_last
 
 
-# --- the WKV in three forms of one recurrence; a test holds them equal ---
+# --- the WKV in four forms of one recurrence; a test holds them equal ---
 
 
 def read(F: Any, a: Any, b: Any, p: Any, k: Any, v: Any, u: Any) -> Any:
@@ -99,6 +99,26 @@ def wkv_step(F: Any, S: Any, k: Any, v: Any, w: Any, u: Any) -> tuple[Any, Any]:
         new_p = F.larger(p + w, k)
         e1, e2 = F.exp(p + w - new_p), F.exp(k - new_p)
         return y, (e1 * a + e2 * v, e1 * b + e2, new_p)
+
+    return F.each_token(one, S, k, v)  # type: ignore[no-any-return]
+
+
+def wkv_half_step(F: Any, S: Any, k: Any, v: Any, w: Any, u: Any) -> tuple[Any, Any]:
+    """The same with numbers of 11 bits, where p + w is p: here a and b decay, and p moves in coarse steps."""
+
+    def one(S: Any, k: Any, v: Any) -> tuple[Any, Any]:
+        a, b, p = S
+        y = read(F, a, b, p, k, v, u)
+
+        # a <- e^w a + e^k v,   b <- e^w b + e^k,   both divided by e^q
+        q = F.larger(p, k)
+        e1, e2 = F.exp(p - q), F.exp(k - q)
+        a, b = (e1 * a) * F.exp(w) + e2 * v, (e1 * b) * F.exp(w) + e2
+
+        # a e^q and b e^q by another exponent: 2.75 less if b is below 1/8, 2.75 more if it is above 8
+        new_p = q + (F.sigmoid((8.0 - b) * -256.0) - F.sigmoid((0.125 - b) * 4096.0)) * 2.75
+        e = F.exp(q - new_p)
+        return y, (a * e, b * e, new_p)
 
     return F.each_token(one, S, k, v)  # type: ignore[no-any-return]
 
@@ -129,7 +149,7 @@ def wkv_linear_attention(F: Any, *args: Any) -> tuple[Any, Any]:
     return wkv_sums(F.decayed_sums_gated, F, *args)
 
 
-WKV = {"step": wkv_step, "chunk": wkv_chunk, "linear_attention": wkv_linear_attention}
+WKV = {"step": wkv_step, "half_step": wkv_half_step, "chunk": wkv_chunk, "linear_attention": wkv_linear_attention}
 MAX_TOKENS = {"step": 1, "chunk": 32, "linear_attention": 64}  # in one call of an exported step
 
 

@@ -101,8 +101,8 @@ def coreml_plan(
         raise QuantizeError(f"quant {quant!r} is unknown: profile {profile} takes {', '.join(COREML_QUANTS[profile])}")
     if block is not None and quant in ("fp16", "int8"):
         raise QuantizeError(f"block {block} says nothing with quant {quant} here: it goes with int4, lut4 and lut6")
-    if block is not None and (block < 1 or block & (block - 1) or (quant == "int4" and block not in BLOCKS)):
-        raise QuantizeError(f"block {block} is not possible: expected a power of two, with int4 one of {BLOCKS}")
+    if block is not None and (not 1 <= block <= BLOCKS[-1] or block & (block - 1) or (quant == "int4" and block not in BLOCKS)):
+        raise QuantizeError(f"block {block} is not possible: expected a power of two up to {BLOCKS[-1]}, with int4 from 16 on")
     four = quant if quant in ("int4", "lut4") else "lut4" if profile == "ane" else "int4"
     how = {"4": four, "6": "lut6", "8": "int8", "16": "fp16"}
     chosen = {

@@ -13,6 +13,8 @@ from ..qtensor import BLOCKS, Array, QTensor
 _LEVELS = {4: (-8.6, -8.0, -7.4, 6.6, 7.0, 7.6), 8: (-128.0, 127.0)}
 _NEAR = {4: (1.05, 0.95, 1.03, 0.97, 1.015, 0.985), 8: ()}
 
+_NORMAL = 2.0**-14  # the smallest normal number of float16
+
 _IN_CACHE = 1 << 18  # weights worked on at once
 
 
@@ -51,10 +53,13 @@ def rtn(w: Array, *, bits: int, block: int) -> QTensor:
 def with_half_scales(w: Array, q: QTensor) -> QTensor:
     """Round the scales to float16, and the weights to the levels that these make.
 
+    No scale is below 2^-14, but for 0: a unit may take smaller numbers of float16 as 0, and all of a row would be lost.
+
     Raises  QuantizeError if a scale is beyond float16, or all are so small that little of them is left.
     """
     with np.errstate(over="ignore"):
-        scales = q.scales.astype(np.float16).astype(np.float32)
+        floor = np.where(q.scales < 0, -_NORMAL, _NORMAL).astype(np.float32)
+        scales = np.where(np.abs(q.scales) < _NORMAL, floor, q.scales).astype(np.float16).astype(np.float32)
     if not np.isfinite(scales).all() or 0 < np.abs(q.scales).max() < 2**-20:
         raise QuantizeError(f"scales from {np.abs(q.scales).min():.1e} to {np.abs(q.scales).max():.1e} do not fit float16")
     each = np.repeat(scales, q.block, axis=1)[:, : w.shape[1]]
