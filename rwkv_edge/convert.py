@@ -544,6 +544,8 @@ def _encode_for_coreml(
     assert isinstance(rows, np.ndarray)
     x = rows * factor
     if recipe.rows is not None:
+        if 0 < np.abs(x).max() < 2**-20:
+            raise QuantizeError(f"{t.name} is too small for tables in float16: use --override '{t.name}=8'")
         data, second = coreml.pack(kmeans(x, bits=recipe.bits, rows=recipe.rows, importance=importance))
     elif recipe.block is not None:
         data, second = coreml.pack(with_half_scales(x, rtn(x, bits=recipe.bits, block=recipe.block)))

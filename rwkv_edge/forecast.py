@@ -147,6 +147,8 @@ def coreml_forecast(
     """
     parts = [nbytes for _, nbytes in coreml.split(spec, plan, profile)]
     records = _RECORD * sum(2 if r.rows or r.block else 1 for r in plan.values())
+    if profile == "gpu":  # a linear layer without a bias has zeros, the same for all of one width
+        records += 2 * sum({w.shape[0] for w in spec.weights.values() if w.kind in ("matrix", "head", "low_rank")})
     tables = onnx.Layout.of_tables(spec, plan).end
     manifest = sum(350 if r.rows or r.block else 300 for r in plan.values()) + 700 * len(spec.state_tensors) + 3_000
     return CoremlForecast(

@@ -25,8 +25,6 @@ _SWEEPS = (0.8, 0.6, 0.3, 0.1)
 _MOVES = np.array([-1.0, -0.6, -0.3, 0.0, 0.3, 0.6, 1.0])
 _SAMPLES = 513  # of a group's distribution, to start from
 
-_SMALLEST = 2.0**-20  # weights of all rows are refused below: float16 has steps of 2^-24
-
 # worked on at once: fewer cost time, in several threads above all
 _AT_ONCE = 1 << 20  # weights
 _VALUES = 1 << 14  # of all their tables
@@ -71,8 +69,6 @@ def _refuse(w: Array, bits: int, rows: int, importance: Array | None) -> None:
         raise QuantizeError("the weights hold a NaN or an infinity")
     if largest > limit:
         raise QuantizeError(f"weights up to {largest:.1e} are beyond {limit:.0f}, the largest that a table in float16 holds")
-    if 0 < largest < _SMALLEST:
-        raise QuantizeError(f"weights of at most {largest:.1e} are too small for tables in float16, which keep nothing of them")
     if importance is None:
         return
     if importance.shape != (n_in,):
