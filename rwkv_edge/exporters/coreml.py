@@ -30,10 +30,11 @@ _STATE = "rwkv_state"  # what Core ML keeps
 _MAX_ROWS = 16_384  # of one convolution on the Neural Engine
 _PART_BYTES = 1 << 30  # of one package on it, about
 # Powers of two that keep what is large within float16, and what is small above its subnormal numbers, which a unit may take as
-# 0. Each is folded into weights and undone by a norm, whose eps has its square; so they cost no operation.
-_RESIDUAL = 1 / 16  # of the stream: in deep models it leaves float16 (the rwkv package halves it every 6 layers, RESCALE_LAYER)
-_KEY = 1 / 4  # relu(k)^2 leaves float16 beyond k = 255; k / 4 squared is at the stream's scale
-_VALUES = 1 / 16  # before version 7: what is remembered of values, where decays are slow; 7 erases what it writes over
+# 0. Each is folded into weights and undone by a norm, so they cost no operation. That norm's eps has the square of it, and few
+# digits are left of 1e-5 then: no smaller than needed.
+_RESIDUAL = {0: 1 / 4, 24: 1 / 16}  # of the stream, from so many layers on (the rwkv package: by 2 after every 6 layers)
+_KEY = 1 / 4  # relu(k)^2 leaves float16 beyond k = 255
+_VALUES = 1 / 8  # in 5 and 6: what is remembered of values, where decays are slow; 7 erases what it writes over
 _READ = 1 / 4  # in 5 and 6, of receptance: what is read of it is another sum of many
 _EMBEDDING = 16.0  # its rows are small
 _OF_VALUES = ("aa", "wkv")  # state tensors
@@ -55,8 +56,10 @@ class Scales:
     @classmethod
     def of(cls, spec: Spec) -> "Scales":
         version = spec.version[0]
-        values = 1.0 if version == "7" else _VALUES
-        return cls(_RESIDUAL, values, values * (_READ if version in "56" else 1.0))
+        residual = _RESIDUAL[max(n for n in _RESIDUAL if n <= spec.n_layer)]
+        # 4 has no norm between what it remembers and the stream
+        values = {"4": residual, "7": 1.0}.get(version, _VALUES)
+        return cls(residual, values, values * (_READ if version in "56" else 1.0))
 
 
 def factor(spec: Spec, name: str) -> float:
