@@ -1,11 +1,14 @@
 """Core ML packages: what the file on disk computes, read by our interpreter, is the step; planted faults are seen."""
 
 import functools
+import inspect
 import json
 import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
+from typing import ClassVar
 
 import factory
 import jsonschema
@@ -596,6 +599,61 @@ def test_a_prompt_may_come_in_any_pieces(cuts, state, bundle):
         at += n
     assert np.abs(logits - expected).max() <= COREML_EXACT
     assert loop.n_tokens == 40
+
+
+class StandIn:
+    """In the place of coremltools' MLModel, which predicts on macOS alone: its signatures, and our interpreter behind them."""
+
+    units: ClassVar[list[str]] = []
+
+    def __init__(self, *args, **options):
+        import coremltools
+
+        said = inspect.signature(coremltools.models.model.MLModel.__init__).bind(self, *args, **options).arguments
+        self.f = mil.Interpreter(mil.Package(Path(said["model"])), said["function_name"])
+        self.units.append(said["compute_units"].name)
+
+    def predict(self, data, state=None):
+        assert {x.dtype for x in data.values()} <= {np.dtype(np.int32), np.dtype(np.float16)}
+        assert all(x.shape == self.f.inputs[name][1] for name, x in data.items())
+        return {name: x.astype(np.float16) for name, x in self.f(data, state and state.array).items()}
+
+    def make_state(self):
+        return StandInState(self.f)
+
+
+class StandInState:
+    def __init__(self, f):
+        self.name, self.array = f.state_name, np.full(f.state[1], np.nan, np.float32)
+
+    def write_state(self, name, value):
+        assert (name, value.dtype, value.shape) == (self.name, np.float32, self.array.shape)
+        self.array[...] = value
+
+    def read_state(self, name):
+        assert name == self.name
+        return self.array
+
+
+@pytest.mark.parametrize("options", [{}, {"coreml_state": "packed"}, {"coreml_state": "packed", "part_bytes": 1}])
+@pytest.mark.parametrize("name", ["odd", "v4"])
+def test_what_would_be_asked_of_core_ml(name, options, bundle, monkeypatch):
+    """On a Mac parts are loaded and called as coremltools' signatures want it; what it computes, only a Mac shows."""
+    mil.messages()
+    with mil.quiet():
+        import coremltools
+    path = bundle(name, target="coreml", profile="gpu", quant="fp16", **options)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(coremltools.models, "MLModel", StandIn)
+    monkeypatch.setattr(StandIn, "units", [])
+    ours, theirs = open_bundle(path), open_bundle(path, interpret="native")
+    assert set(StandIn.units) == {"CPU_AND_GPU"}
+    ids = factory.tokens(21, ours.spec.n_vocab)
+    for a, b in ((ours, theirs), (theirs, ours)):
+        logits, state = a.feed(ids)
+        np.testing.assert_array_equal(logits, theirs.feed(ids)[0])
+        made = [[t.id for t in m.generate([], state, max_tokens=5, temperature=0)] for m in (a, b)]
+        assert made[0] == made[1]
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="there it runs")

@@ -43,15 +43,19 @@ class Interpreted:
         return np.array(kept)
 
 
-class Predicted:
-    """The same by Core ML."""
+_UNITS = {"ane": "CPU_AND_NE", "gpu": "CPU_AND_GPU"}  # by profile
 
-    def __init__(self, package: Any, function: str, state: str | None) -> None:
-        self._state = state
+
+class Predicted:
+    """The same by Core ML, on the unit that the bundle is laid out for."""
+
+    def __init__(self, package: Any, graph: Mapping[str, Any]) -> None:
+        self._state = graph.get("packed", {}).get("name")
         try:
             with mil.quiet():
                 import coremltools
-            self._model = coremltools.models.MLModel(str(package), function_name=function)
+            units = coremltools.ComputeUnit[_UNITS[graph["profile"]]]
+            self._model = coremltools.models.MLModel(str(package), compute_units=units, function_name=graph["function"])
         except ImportError as e:
             raise BackendError(f"Core ML needs coremltools ({e}): pip install 'rwkv-edge[coreml]'") from e
         except Exception as e:  # Core ML's errors are of several unrelated classes
@@ -96,7 +100,7 @@ def open_parts(bundle: Bundle, interpret: str | None) -> dict[str, list[Part]]:
         path = bundle.path / graph["file"]
         part: Interpreted | Predicted
         if interpret is None:
-            part = Predicted(path, graph["function"], graph.get("packed", {}).get("name"))
+            part = Predicted(path, graph)
         else:
             package = packages.setdefault(graph["file"], mil.Package(path))
             part = Interpreted(package, graph["function"], interpret)
