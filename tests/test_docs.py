@@ -70,7 +70,7 @@ def test_readme_s_blocks_run_in_order(tmp_path):
     ("page", "first", "n_run", "n_python"),
     [
         ("getting-started.md", ["inspect", "export", "check", "run", "python", "eval", "bench", "chat"], 11, 7),
-        ("coreml.md", ["export", "check", "run", "python"], 1, 1),
+        ("coreml.md", ["export", "inspect", "check", "run", "python"], 1, 1),
     ],
 )
 def test_a_page_s_blocks_run_in_order_and_print_what_is_shown(page, first, n_run, n_python, tmp_path):
