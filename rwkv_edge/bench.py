@@ -84,9 +84,7 @@ def bench(
     for name, n in (("n_prefill", n_prefill), ("n_decode", n_decode), ("repetitions", repetitions)):
         if n < 1:
             raise InputError(f"{name} {n} is not possible: expected 1 or more")
-    b = read_bundle(bundle)  # its errors are told here; and its files are in the system's cache now
-    if b.target == "coreml":
-        raise InputError(f"{bundle} is a Core ML bundle, and bench measures onnxruntime: on a Mac, use apple/on_a_mac.py")
+    refuse(bundle, verify=True)  # its errors are told here; and its files are in the system's cache now
     settings = json.dumps([str(bundle), threads, n_prefill, n_decode, repetitions])
     done = subprocess.run([sys.executable, "-P", "-m", "rwkv_edge.bench", settings], capture_output=True, text=True)
     if done.returncode:
@@ -96,6 +94,12 @@ def bench(
     for key in ("prefill", "decode"):
         found[key] = Speed(tuple(found[key]["tok_s"]), found[key]["disturbed"], found[key]["share"])
     return Bench(**found)
+
+
+def refuse(bundle: str | Path, *, verify: bool = False) -> None:
+    """Raise BundleError or InputError if this cannot be measured."""
+    if read_bundle(bundle, verify=verify).target == "coreml":
+        raise InputError(f"{bundle} is a Core ML bundle, and bench measures onnxruntime: on a Mac, use apple/on_a_mac.py")
 
 
 def memory() -> tuple[int | None, int | None]:

@@ -21,6 +21,7 @@ from .spec import Spec, StateTensor, Weight
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+PACKED_STATE = "rwkv_state"  # what Core ML keeps, by its name in packages
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def _conform(x: Any, form: Any, where: str) -> None:
             for key, value in x.items():
                 _conform(value, form[...], f"{where}.{key}")
         case dict() if ... not in form and isinstance(x, dict):
-            for key in form.keys() ^ x.keys():
+            for key in sorted(form.keys() ^ x.keys(), key=str):
                 raise ValueError(
                     f"{where} has no {key!r}" if key in form else f"{where} has {str(key)[:40]!r}, which is unknown"
                 )
@@ -320,7 +321,7 @@ def _validate(bundle: Bundle) -> None:
         or spec.n_head * spec.head_size != spec.n_embd
     ):
         raise BundleError(f"{where} is damaged: its sizes {spec.sizes} are not those of its tensors")
-    if len(manifest["state"]) != spec.n_layer * len(spec.state):
+    if not spec.state or len(manifest["state"]) != spec.n_layer * len(spec.state):
         raise BundleError(f"{where} is damaged: its state does not fit {spec.n_layer} layers")
     if [(t["name"], tuple(t["shape"])) for t in manifest["state"]] != [(n, t.shape) for n, t in spec.state_tensors.items()]:
         raise BundleError(f"{where} is damaged: its state is not the same in every layer")
@@ -369,6 +370,10 @@ def _validate_coreml(bundle: Bundle) -> None:
             takes = {i["name"]: math.prod(i["shape"]) for i in g["inputs"]}
             gives = {o["name"] for o in g["outputs"]}
             states = {n: size for n, size in takes.items() if n.startswith("state_")}
+            if g["function"] != role or (T == 1) != (role == "decode") or takes.get("tokens", T) != T:
+                raise BundleError(f"{where} is damaged: {g['file']} is not a {role} of {T} tokens")
+            if "packed" in g and not _is_packing(bundle.spec, g["packed"]):
+                raise BundleError(f"{where} is damaged: it does not say how {g['file']} packs its state")
             if (g["T"], g["state"]) != (T, parts[0]["state"]) or ("packed" in g and g["state"] != "packed"):
                 raise BundleError(f"{where} is damaged: the parts of {role} are not of one kind")
             if not takes.keys() - states.keys() <= known or any(sizes.get(n) != size for n, size in states.items()):
@@ -381,6 +386,22 @@ def _validate_coreml(bundle: Bundle) -> None:
             raise BundleError(f"{where} is damaged: the state of {role} is not the model's")
         if [o["shape"] for o in parts[-1]["outputs"] if o["name"] == "logits"] != [[1, bundle.spec.n_vocab]]:
             raise BundleError(f"{where} is damaged: the last part of {role} gives no logits of {bundle.spec.n_vocab} tokens")
+
+
+def packing(spec: Spec, first: int, stop: int) -> dict[str, Any]:
+    """How the state of some layers lies in one tensor (layers, rows, width): which rows of a layer are which tensor."""
+    width = spec.head_size if spec.head_size > 1 else spec.n_embd
+    rows, at = {}, 0
+    for t in spec.state:
+        n = math.prod(t.shape) // width
+        rows[t.name] = [at, at + n]
+        at += n
+    return {"name": PACKED_STATE, "shape": [stop - first, at, width], "first_layer": first, "rows": rows}
+
+
+def _is_packing(spec: Spec, said: Mapping[str, Any]) -> bool:
+    first = said["first_layer"]
+    return said["shape"][0] + first <= spec.n_layer and said == packing(spec, first, first + said["shape"][0])
 
 
 def _stored(path: Path, files: Mapping[str, Any], name: str, t: Mapping[str, Any]) -> Stored:

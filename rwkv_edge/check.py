@@ -3,6 +3,7 @@
 The weights are read from the bundle's files, the numpy reference runs on them, and the graphs are held against it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import Bundle, read_bundle
+from . import __version__, mil
+from .bundle import MANIFEST, Bundle, read_bundle
 from .checkpoints import model_id, open_checkpoint
 from .checkpoints.lora import with_lora
-from .errors import BackendError, CheckFailed, CheckpointError, InputError
+from .errors import BackendError, BundleError, CheckFailed, CheckpointError, InputError
+from .exporters import coreml as coreml_exporter
+from .models import spec_of
 from .reference import Weights, run_reference
 from .runtime import Model, Sampling
 from .runtime.sampling import log_softmax, sample
@@ -93,6 +97,8 @@ class Report:
 
     limits    what is allowed: exact_max, exact_state, int8_rms; of Core ML native_kl and native_state
     rounding  how far numpy's float32 step is from the float64 reference: the measure of what a graph may be off
+    packages  of a Core ML bundle: which of its files are not what this release of rwkv-edge writes for its weights; None if
+              another release has made it
     weights   the numpy reference on the bundle's weights against the checkpoint: the cost of quantization alone, or None
     """
 
@@ -101,18 +107,23 @@ class Report:
     rows: tuple[Row, ...]
     limits: dict[str, float]
     rounding: Difference
+    packages: tuple[str, ...] | None
     weights: Difference | None
 
     @property
     def ok(self) -> bool:
         """Whether every graph computes the bundle's own weights."""
-        return all(row.ok for row in self.rows)
+        return all(row.ok for row in self.rows) and not self.packages
 
     def raise_if_failed(self) -> None:
         """Raise CheckFailed, with this report, if a graph does not compute the bundle's weights."""
         bad = next((row for row in self.rows if not row.ok), None)
         if bad:
             raise CheckFailed(f"{self.bundle / bad.file} does not compute the bundle's weights: {bad.fault}", self)
+        if self.packages:
+            raise CheckFailed(
+                f"{self.bundle / self.packages[0]} is not what this release writes: export the bundle again", self
+            )
 
 
 def check(
@@ -144,6 +155,7 @@ def check(
     coreml = b.target == "coreml"
     n_tokens = n_tokens or (COREML_TOKENS if coreml else TOKENS)
     if coreml:
+        _refuse_what_is_no_model(b)
         whole = b.graph("prefill")["T"]  # it takes neither more nor fewer
         n_tokens = -(-n_tokens // whole) * whole
     source = open_checkpoint(against) if against else None
@@ -188,7 +200,7 @@ def check(
         weights = difference(reference, original) if original is not None else None
         limits = {"exact_max": COREML_EXACT, "exact_state": COREML_EXACT}
         limits |= {"native_kl": COREML_NATIVE_KL, "native_state": COREML_NATIVE_STATE}
-        return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, weights)
+        return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, _not_as_written(b), weights)
     rows = []
     for role in map(str, roles):
         model, graph = Model(b, threads=threads, role=role), b.graph(role)
@@ -218,7 +230,7 @@ def check(
             step()
     weights = difference(reference, original) if original is not None else None
     limits = {"exact_max": limit, "exact_state": state_limit, "int8_rms": INT8_RMS_LIMIT}
-    return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, weights)
+    return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, None, weights)
 
 
 def _interpreted(
@@ -241,8 +253,13 @@ def _interpreted(
         logits.append(loop.read(part)[0].copy())
         at.append(i + len(part) - 1)
     assert not isinstance(loop, OnnxLoop)
-    own, apart = difference(np.stack(logits), reference[at]), _state_apart(loop.tensors(), state)
-    fault, fed = "", f"{size} at a time"
+    apart, fed = _state_apart(loop.tensors(), state), f"{size} at a time"
+    name = graphs[0]["file"] if len(graphs) == 1 else f"{len(graphs)} parts"
+    if not np.isfinite(logits).all():
+        step()
+        none = Difference(len(at), math.inf, math.inf, math.inf, 0.0)
+        return Row(f"{name} {role}", arithmetic, fed, none, apart, none, f"reading {fed}, it gives logits that are not finite")
+    own, fault = difference(np.stack(logits), reference[at]), ""
     if arithmetic == "exact" and not (own.max_abs <= COREML_EXACT and apart <= COREML_EXACT):
         fault = (
             f"reading {fed}, logits differ by {own.max_abs:.2g} of their deviation and the state by {apart:.2g} of its "
@@ -255,8 +272,49 @@ def _interpreted(
         )
     cost = difference(np.stack(logits), original[at]) if original is not None else None
     step()
-    name = graphs[0]["file"] if len(graphs) == 1 else f"{len(graphs)} parts"
     return Row(f"{name} {role}", arithmetic, fed, own, apart, cost, fault)
+
+
+def _refuse_what_is_no_model(b: Bundle) -> None:
+    """Raise BundleError if the manifest's tensors and state are not those of a model of its version."""
+    try:
+        spec = spec_of({name: t.shape for name, t in b.tensors.items()})
+    except CheckpointError as e:
+        raise BundleError(f"{b.path / MANIFEST} is damaged: {e}") from e
+    firsts = [(t.name, t.shape, coreml_exporter.first_value(t)) for t in spec.state]
+    if spec.sizes != b.spec.sizes or firsts != [(t.name, t.shape, t.first) for t in b.spec.state]:
+        raise BundleError(f"{b.path / MANIFEST} is damaged: its sizes and its state are not those of its tensors")
+
+
+def _not_as_written(b: Bundle) -> tuple[str, ...] | None:
+    """Which files of a Core ML bundle are not those that this release writes for its weights; None if another made it.
+
+    What the interpreter cannot judge, such as a description of inputs or what cancels in float64, is in them too.
+    """
+    if b.manifest["made_by"] != {"tool": "rwkv-edge", "version": __version__}:
+        return None
+    graphs = b.manifest["graphs"]
+    lies_in = {
+        name: entries[0]["file"].partition("/")[0]
+        for name, entries in b.manifest["tensors"].items()
+        if isinstance(entries, list)
+    }
+    places = [lies_in.get(f"blocks.{i}.ln1.weight") for i in range(b.spec.n_layer)] + [lies_in.get("ln_out.weight")]
+    begins = [places.index(f) if f in places else -1 for f in dict.fromkeys(g["file"] for g in graphs)]
+    plan = {name: t.recipe for name, t in b.tensors.items()}
+    if begins != sorted(set(begins)) or begins[0] != 0 or plan.keys() != b.spec.weights.keys():
+        return (MANIFEST,)
+    packages = coreml_exporter.trace(b.spec, plan, profile=graphs[0]["profile"], state=graphs[0]["state"], begins=begins)
+    wrong = []
+    for package in packages:
+        found = mil.Package(b.path / package.file)
+        if found.model != type(found.model).FromString(package.model):
+            wrong.append(f"{package.file}/{mil.MODEL}")
+        package.model = (b.path / package.file / mil.MODEL).read_bytes()  # the other file's ids are made from it
+        wrong += [name for name, content in package.files().items() if (b.path / name).read_bytes() != content]
+    if graphs != [g for role in coreml_exporter.FUNCTIONS for p in packages for g in p.graphs if g["role"] == role]:
+        wrong.append(MANIFEST)
+    return tuple(wrong)
 
 
 def _is_exact_but_for_accuracy(bundle: Bundle) -> bool:

@@ -652,10 +652,10 @@ def bench(
     rwkv-edge bench model-int4 --threads 1 --threads 4 --json
     """
     from .bench import bench as measure
-    from .bundle import read_bundle
+    from .bench import refuse
 
     for path in bundles:
-        read_bundle(path, verify=False)  # what is wrong is told before the first minute
+        refuse(path)  # what is wrong is told before the first minute
     found = []
     for path in bundles:
         for n in threads or (None,):

@@ -322,7 +322,8 @@ def _onnx_graphs(source: Checkpoint, plan: Plan, wkv: str) -> _Graphs:
 
 
 def _coreml_graphs(source: Checkpoint, plan: Plan, profile: str, state: str, part_bytes: int | None) -> _Graphs:
-    packages = coreml.trace(source.spec, plan, profile=profile, state=state, part_bytes=part_bytes)
+    begins = [first for first, _ in coreml.split(source.spec, plan, profile, part_bytes)]
+    packages = coreml.trace(source.spec, plan, profile=profile, state=state, begins=begins)
     files: dict[str, bytes] = {}
     for package in packages:
         files |= package.files()
@@ -543,16 +544,25 @@ def _encode_for_coreml(
     rows = t.rows(start, stop)
     assert isinstance(rows, np.ndarray)
     x = rows * factor
+    try:
+        data, second = _round_for_coreml(t.name, x, recipe, importance)
+    except QuantizeError as e:
+        raise QuantizeError(f"{t.name}{f' times {factor:g}' if factor != 1 else ''}: {e}") from e
+    return rows, data, second
+
+
+def _round_for_coreml(
+    name: str, x: Array, recipe: Recipe, importance: Array | None
+) -> tuple[bytes, npt.NDArray[np.float16] | None]:
     if recipe.rows is not None:
         if 0 < np.abs(x).max() < 2**-20:
-            raise QuantizeError(f"{t.name} is too small for tables in float16: use --override '{t.name}=8'")
-        data, second = coreml.pack(kmeans(x, bits=recipe.bits, rows=recipe.rows, importance=importance))
-    elif recipe.block is not None:
-        data, second = coreml.pack(with_half_scales(x, rtn(x, bits=recipe.bits, block=recipe.block)))
-    else:
-        _half(t.name, x, "Core ML computes in float16: this model cannot be exported to it")
-        data, second = coreml.pack(x)
-    return rows, data, second
+            raise QuantizeError(f"the weights are too small for tables in float16: use --override '{name}=8'")
+        return coreml.pack(kmeans(x, bits=recipe.bits, rows=recipe.rows, importance=importance))
+    if recipe.block is not None:
+        return coreml.pack(with_half_scales(x, rtn(x, bits=recipe.bits, block=recipe.block)))
+    if x.ndim == 1 and np.abs(x).max() < 1:
+        return coreml.pack(x)  # a vector of next to nothing is that
+    return coreml.pack(_half(x, "Core ML computes in float16: this model cannot be exported to it").astype(np.float32))
 
 
 def _encode_rows(t: Stored, recipe: Recipe, start: int, stop: int) -> _Encoded:
@@ -564,16 +574,20 @@ def _encode_rows(t: Stored, recipe: Recipe, start: int, stop: int) -> _Encoded:
         q = rtn(rows, bits=recipe.bits, block=recipe.block)
         return rows, q.pack().reshape(-1).data, q.scales
     if recipe.bits == 16:
-        return rows, _half(t.name, rows, f"use --override '{t.name}=32'").reshape(-1).view(np.uint8).data, None
+        try:
+            half = _half(rows, f"use --override '{t.name}=32'")
+        except QuantizeError as e:
+            raise QuantizeError(f"{t.name}: {e}") from e
+        return rows, half.reshape(-1).view(np.uint8).data, None
     return rows, rows.reshape(-1).view(np.uint8).data, None
 
 
-def _half(name: str, x: npt.NDArray[Any], advice: str) -> npt.NDArray[np.float16]:
+def _half(x: npt.NDArray[Any], advice: str) -> npt.NDArray[np.float16]:
     """Numbers as float16, if it can hold them."""
     if np.abs(x).max() > np.finfo(np.float16).max:
-        raise QuantizeError(f"{name} holds {np.abs(x).max():g}, beyond float16: {advice}")
+        raise QuantizeError(f"{np.abs(x).max():g} is beyond float16: {advice}")
     half = x.astype("<f2")
     exact = x.astype(np.float64)
     if not np.square(half - exact).mean() <= 1e-6 * np.square(exact).mean():
-        raise QuantizeError(f"{name} is too small for float16, which keeps little of it: {advice}")
+        raise QuantizeError(f"the numbers are too small for float16, which keeps little of them: {advice}")
     return half

@@ -187,17 +187,20 @@ class Stored:
 
         Raises  CheckpointError if one of them is not a finite number.
         """
-        if self.rows_per_table is not None and self.scales is not None:
-            tables = self.scales.rows(0, self.scales.shape[0]).astype(np.float32)
-            whole = Lut(self.data.rows(0, self.shape[0]), tables, self.bits, self.rows_per_table)
-            return whole if (start, stop) == (0, self.shape[0]) else whole.take(np.arange(start, stop))
-        if self.data.dtype in ("I8", "I4") and self.block is not None and self.scales is not None:
-            return QTensor(self.data.rows(start, stop), self.scales.rows(start, stop).astype(np.float32), self.bits, self.block)
-        if self.block is not None and self.scales is not None:
-            packed, scales = self.data.rows(start, stop), self.scales.rows(start, stop)
+        if self.scales is not None:
+            per_table = self.rows_per_table or 1
+            scales = self.scales.rows(start // per_table, -(-stop // per_table)).astype(np.float32)
             if not np.isfinite(scales).all():
                 raise CheckpointError(f"{self.data.path}: a scale of {self.name} is not a finite number: the file is damaged")
-            return QTensor.unpack(packed, scales, bits=self.bits, block=self.block, n_in=self.shape[1])
+            codes = self.data.rows(start, stop)
+            if self.rows_per_table is not None:
+                if start % per_table == stop % per_table == 0:
+                    return Lut(codes, scales, self.bits, per_table)
+                return Lut(codes, scales[np.arange(start, stop) // per_table - start // per_table], self.bits, 1)
+            assert self.block is not None
+            if self.data.dtype in ("I8", "I4"):
+                return QTensor(codes, scales, self.bits, self.block)
+            return QTensor.unpack(codes, scales, bits=self.bits, block=self.block, n_in=self.shape[1])
         # only low-rank factors are transposed: small
         x = self.data.rows(0, self.data.shape[0]).T[start:stop] if self.transposed else self.data.rows(start, stop)
         x = np.ascontiguousarray(x, np.float32)

@@ -130,7 +130,8 @@ def coreml_graph_bytes(spec: Spec, plan: Plan, profile: str) -> int:
 
     Raises  ExportError if coremltools is missing.
     """
-    packages = coreml.trace(spec, plan, profile=profile, state="explicit")
+    begins = [first for first, _ in coreml.split(spec, plan, profile)]
+    packages = coreml.trace(spec, plan, profile=profile, state="explicit", begins=begins)
     return sum(len(data) for p in packages for data in p.files().values())
 
 

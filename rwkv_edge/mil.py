@@ -71,7 +71,7 @@ def messages() -> tuple[Any, Any]:
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return importlib.import_module(f"{name}.MIL_pb2"), importlib.import_module(f"{name}.Model_pb2")
-    except (ImportError, OSError) as e:
+    except Exception as e:  # a protobuf of another release raises anything
         raise BackendError(f"Core ML needs coremltools, which cannot be read here ({e}): {advice}") from e
 
 
@@ -154,6 +154,8 @@ class Package:
 def type_of(t: Any) -> tuple[str, tuple[int, ...]]:
     """Dtype and shape of a ValueType message; of a state, what it holds."""
     t = (t.stateType.wrappedType if t.WhichOneof("type") == "stateType" else t).tensorType
+    if t.dataType not in _DTYPES:
+        raise BundleError(f"a tensor of MIL's type {t.dataType}, which nothing here writes")
     return _DTYPES[t.dataType][0], tuple(d.constant.size for d in t.dimensions)
 
 
@@ -267,6 +269,18 @@ _CONSTEXPR: dict[str, Callable[..., Array]] = {
     "constexpr_lut_to_dense": _dense,
     "constexpr_blockwise_shift_scale": _scaled,
 }
+_NUMBERS = {
+    "x",
+    "y",
+    "values",
+    "weight",
+    "bias",
+    "gamma",
+    "beta",
+    "epsilon",
+    "input",
+    "data",
+}  # what an operation computes with
 _KEPT = 1 << 31  # bytes of weights that an interpreter keeps made ready; beyond that it makes them anew in every call
 
 
@@ -350,6 +364,8 @@ class Interpreter:
                 taken[param] = names if param == "values" else names[0]
                 last |= dict.fromkeys(names, n)
             inputs.append(taken)
+        for op, taken in zip(block.operations, inputs, strict=True):
+            self._same_dtypes(op, taken)
         last |= dict.fromkeys(block.outputs, len(block.operations))
         ends: dict[int, list[str]] = {}
         for name, n in last.items():
@@ -365,6 +381,18 @@ class Interpreter:
             )
             for n, op in enumerate(block.operations)
         ]
+
+    def _same_dtypes(self, op: Any, taken: Mapping[str, str | list[str]]) -> None:
+        """Hold the types of an operation's results against those of the numbers that it takes."""
+        if op.type == "const" or op.type in _CONSTEXPR:
+            return
+        known = self.types | self.inputs | ({self.state_name: self.state} if self.state else {})
+        names = [n for param in _NUMBERS & taken.keys() for n in (taken[param] if param == "values" else [taken[param]])]
+        if op.type == "cast":
+            names = []
+        found = {known[n][0] for n in names if n in known} | {self.types[o.name][0] for o in op.outputs}
+        if len(found) > 1:
+            raise BundleError(f"{self.package.path}: {op.type} declares {' and '.join(sorted(found))} for one result")
 
     def _constant(self, op: Any) -> Callable[[], Any]:
         if op.type == "const":
@@ -415,7 +443,7 @@ class Interpreter:
             raise BundleError(f"{self.package.path}: {step.type} takes {e}, which nothing has made before") from None
         try:
             found = step.compute(**arguments)
-        except (ValueError, TypeError, IndexError) as e:
+        except (ValueError, TypeError, IndexError, ArithmeticError, MemoryError) as e:
             raise BundleError(f"{self.package.path}: {step.type} cannot be computed: {e}") from e
         results = found if isinstance(found, list) else [found] if step.results else []
         if len(results) != len(step.results):

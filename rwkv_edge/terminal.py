@@ -160,6 +160,9 @@ def print_report(report: Any) -> None:
             "Mac shows. Prefill gives the logits of its last token alone."
         )
     )
+    if report.packages is not None:
+        said = f"NOT: {', '.join(report.packages)}" if report.packages else "all of them"
+        click.echo(f"Packages that are what this release writes for these weights: {said}.")
     verdict = "computes its own weights" if report.ok else "does NOT compute its own weights"
     click.echo(f"The bundle {verdict}.")
     if report.weights:

@@ -26,13 +26,13 @@ from rwkv_edge.check import COREML_EXACT, check
 from rwkv_edge.checkpoints import open_checkpoint
 from rwkv_edge.cli import cli
 from rwkv_edge.convert import export
-from rwkv_edge.errors import BackendError, BundleError, CheckFailed, ExportError, InputError, QuantizeError
+from rwkv_edge.errors import BackendError, BundleError, CheckFailed, ExportError, InputError, QuantizeError, StateError
 from rwkv_edge.evaluate import documents
 from rwkv_edge.exporters import coreml
 from rwkv_edge.qtensor import Lut, QTensor, Recipe, pack_bits, unpack_bits
 from rwkv_edge.quantize import COREML_QUANTS, coreml_plan, kmeans, mean_squares, rtn, with_half_scales
 from rwkv_edge.reference import Weights, run_reference
-from rwkv_edge.runtime import open_bundle
+from rwkv_edge.runtime import State, open_bundle
 from rwkv_edge.tokenizer import open_tokenizer
 
 # float16 against float64 on the same weights, nats a token; measured 3e-6 on the demo model, 1e-5 to 3e-4 on random ones
@@ -357,6 +357,109 @@ def test_a_planted_fault_is_seen(fault, bundle, tmp_path):
         return
     assert not report.ok
     assert {row.arithmetic for row in report.rows if not row.ok} >= {"exact"}
+
+
+def message_fault(change):
+    """Change the protobuf outside of the operations."""
+
+    def plant(path):
+        package = mil.Package(path / "model.mlpackage")
+        change(package.model)
+        (path / "model.mlpackage" / mil.MODEL).write_bytes(package.model.SerializeToString(deterministic=True))
+
+    return plant
+
+
+def manifest_fault(change):
+    """Change the bundle's manifest."""
+
+    def plant(path):
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        change(manifest)
+        (path / MANIFEST).write_bytes(dump_manifest(manifest))
+
+    return plant
+
+
+def redeclare(operations, model):
+    for op in operations:
+        if op.type in ("add", "mul", "sub") and not op.outputs[0].name.endswith("_out"):
+            op.outputs[0].type.tensorType.dataType = 23
+
+
+# what is seen because the packages are not what is written for these weights, or before anything is computed
+OTHER_FAULTS = {
+    "a removal key's divisor": graph_fault(lambda ops, m: setattr(first(ops, "reduce_max"), "type", "reduce_sum")),
+    "an older specification": message_fault(lambda m: setattr(m, "specificationVersion", 1)),
+    "another function first": message_fault(lambda m: setattr(m.description, "defaultFunctionName", "nosuch")),
+    "features of another type": message_fault(
+        lambda m: setattr(m.description.functions[0].input[1].type.multiArrayType, "dataType", 65600)
+    ),
+    "results of another type": graph_fault(redeclare),
+    "a package of another model": lambda path: (path / "model.mlpackage" / "Manifest.json").write_text(
+        '{"rootModelIdentifier":""}'
+    ),
+    "inputs of another type": manifest_fault(lambda m: m["graphs"][0]["inputs"][0].update(dtype="float16")),
+    "an output more": manifest_fault(lambda m: m["graphs"][0]["outputs"].append(m["graphs"][0]["inputs"][0])),
+    "decode is prefill": manifest_fault(lambda m: m["graphs"][0].update(T=16)),
+    "prefill is decode": manifest_fault(lambda m: m["graphs"][1].update(function="decode", T=1)),
+    "prefill of more": manifest_fault(lambda m: m["graphs"][1].update(T=1000000)),
+    "a tensor less": manifest_fault(lambda m: m["tensors"].pop("blocks.1.att.w1")),
+    "another version": manifest_fault(lambda m: m["spec"].update(version="6")),
+    "another first value": manifest_fault(lambda m: [t.update(first=5.0) for t in m["state"]]),
+    "no state": manifest_fault(lambda m: m.update(state=[])),
+    "another scale": manifest_fault(lambda m: [g["scales"].update(heads=0.5) for g in m["graphs"]]),
+}
+
+
+@pytest.mark.parametrize("fault", OTHER_FAULTS)
+def test_what_the_numbers_do_not_show_is_seen(fault, bundle, tmp_path):
+    path = tmp_path / "b"
+    shutil.copytree(bundle("odd", target="coreml", quant="lut4"), path)
+    OTHER_FAULTS[fault](path)
+    reseal(path)
+    result = CliRunner().invoke(cli, ["check", str(path), "-n", "16"])
+    assert result.exit_code in (1, 3), result.output
+    assert result.exit_code == 3 or result.stdout == ""
+    assert not isinstance(result.exception, (KeyError, ValueError)), result.exception
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith("Error: ")
+
+
+def test_packages_of_another_release_are_judged_by_their_numbers(bundle, tmp_path):
+    path = tmp_path / "b"
+    shutil.copytree(bundle("odd", target="coreml", quant="lut4"), path)
+    manifest_fault(lambda m: m["made_by"].update(version="0.0.1"))(path)
+    report = check(path, n_tokens=16)
+    assert (report.ok, report.packages) == (True, None)
+    assert check(bundle("odd", target="coreml", quant="lut4"), n_tokens=16).packages == ()
+
+
+@pytest.mark.parametrize("options", [{"coreml_state": "packed", "part_bytes": 1}, {"coreml_state": "packed"}, {}])
+def test_an_interrupt_leaves_the_state_as_it_was(options, bundle, monkeypatch):
+    """Packed states of the first parts have read a token when the last part is interrupted."""
+    loop = open_bundle(bundle("odd", target="coreml", quant="fp16", **options), interpret="native").loop()
+    loop.read(np.arange(20))
+    before, last = loop.tensors(), loop._parts["decode"][-1][1]
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(last, "_f", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.step(3)
+    assert loop.n_tokens == 20
+    for name, x in loop.tensors().items():
+        np.testing.assert_array_equal(x, before[name])
+
+
+def test_states_beyond_float16_are_refused(bundle, model):
+    ours = open_bundle(bundle("v4", target="coreml", quant="fp16"), interpret="native")
+    _, state = model("v4", quant="fp16").feed([1, 2, 3])
+    ours.feed([4], state)
+    state = State(state.model_id, 3, state.tensors | {"1.aa": np.full_like(state.tensors["1.aa"], 1e9)}, state.logits)
+    with pytest.raises(StateError, match=r"1.aa of the state holds 1e\+09, which float16 does not"):
+        ours.feed([4], state)
 
 
 WEIGHT_FAULTS = {

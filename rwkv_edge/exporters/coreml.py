@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import mil
+from ..bundle import PACKED_STATE, packing
 from ..errors import BackendError, ExportError
 from ..models import model_of
 from ..qtensor import Lut, Plan, QTensor, Recipe, pack_bits
@@ -26,7 +27,6 @@ from ..spec import Shape, Spec, StateTensor
 FUNCTIONS = {"decode": 1, "prefill": 16}  # how many tokens a call of each takes
 NEEDS = {"ios": "18.0", "macos": "15.0"}  # the first with integers of 4 bits, tables by groups of rows, and states
 _OPSET, _SPECIFICATION = "CoreML8", 9
-_STATE = "rwkv_state"  # what Core ML keeps
 _MAX_ROWS = 16_384  # of one convolution on the Neural Engine
 _PART_BYTES = 1 << 30  # of one package on it, about
 # Powers of two that keep what is large within float16, and what is small above its subnormal numbers, which a unit may take as
@@ -755,17 +755,6 @@ def _form(shape: Shape) -> str:
     return "matrix" if shape[-1] == shape[-2] != 1 else "tokens"
 
 
-def packing(spec: Spec, first: int, stop: int) -> dict[str, Any]:
-    """How the state of some layers lies in one tensor (layers, rows, width): which rows of a layer are which tensor."""
-    width = spec.head_size if spec.head_size > 1 else spec.n_embd
-    rows, at = {}, 0
-    for t in spec.state:
-        n = math.prod(t.shape) // width
-        rows[t.name] = [at, at + n]
-        at += n
-    return {"name": _STATE, "shape": [stop - first, at, width], "first_layer": first, "rows": rows}
-
-
 def first_value(t: StateTensor) -> float:
     """What a state tensor begins with in float16: RWKV-4's -1e30 would be an infinity, and e^-10000 is 0 as well."""
     return max(float(t.first), -1e4)
@@ -792,11 +781,11 @@ def split(spec: Spec, plan: Plan, profile: str, part_bytes: int | None = None) -
     return found
 
 
-def trace(spec: Spec, plan: Plan, *, profile: str, state: str, part_bytes: int | None = None) -> list[Package]:
+def trace(spec: Spec, plan: Plan, *, profile: str, state: str, begins: Sequence[int]) -> list[Package]:
     """Record one step of a model as the two functions of one package, or of several, layer after layer.
 
     state       "explicit": every state tensor goes in and comes out; "packed": Core ML keeps one tensor
-    part_bytes  see `split`
+    begins      the layers that begin a package, the first of them 0: see `split`
 
     The same spec and plan give the same bytes, in any process.
 
@@ -806,7 +795,6 @@ def trace(spec: Spec, plan: Plan, *, profile: str, state: str, part_bytes: int |
         mil.messages()
     except BackendError as e:
         raise ExportError(str(e)) from e
-    begins = [first for first, _ in split(spec, plan, profile, part_bytes)]
     parts = [_record(spec, plan, profile, state == "packed", T, begins) for T in FUNCTIONS.values()]
     packages = []
     for i, first in enumerate(begins):
@@ -903,7 +891,7 @@ def _record(spec: Spec, plan: Plan, profile: str, packed: bool, T: int, begins: 
                 [(outer, *made[inner]) for outer, inner in _ordered(alias)],
                 [(outer, *made[inner]) for outer, inner in outputs.items()],
                 {inner: outer for outer, inner in outputs.items()} | {inner: outer for outer, inner in alias.items()},
-                (_STATE, tuple(packing(spec, first, last)["shape"])) if packed and mine else None,
+                (PACKED_STATE, tuple(packing(spec, first, last)["shape"])) if packed and mine else None,
             )
         )
         carried |= {
@@ -984,7 +972,7 @@ class _Writer:
 
     def _name(self, fn: Function, ref: Ref) -> str:
         if isinstance(ref, str):
-            return _STATE if ref.startswith("state@") else fn.names.get(ref, ref)
+            return PACKED_STATE if ref.startswith("state@") else fn.names.get(ref, ref)
         if ref not in self.known:
             self.known[ref] = self._const(ref) if isinstance(ref, Const) else self._weight(ref)
         return self.known[ref]

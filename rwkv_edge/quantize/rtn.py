@@ -60,7 +60,8 @@ def with_half_scales(w: Array, q: QTensor) -> QTensor:
     with np.errstate(over="ignore"):
         floor = np.where(q.scales < 0, -_NORMAL, _NORMAL).astype(np.float32)
         scales = np.where(np.abs(q.scales) < _NORMAL, floor, q.scales).astype(np.float16).astype(np.float32)
-    if not np.isfinite(scales).all() or 0 < np.abs(q.scales).max() < 2**-20:
+    largest = np.abs(scales).max() * 2.0 ** (q.bits - 1)
+    if not largest <= np.finfo(np.float16).max or 0 < np.abs(q.scales).max() < 2**-20:
         raise QuantizeError(f"scales from {np.abs(q.scales).min():.1e} to {np.abs(q.scales).max():.1e} do not fit float16")
     each = np.repeat(scales, q.block, axis=1)[:, : w.shape[1]]
     levels = np.divide(w, each, out=np.zeros_like(w), where=each != 0)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .. import mil
 from ..bundle import Bundle
-from ..errors import BackendError
+from ..errors import BackendError, BundleError, StateError
 from .state import State
 from .tables import Tables
 
@@ -21,13 +21,20 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 _F16_MAX = 65504.0
+_MIL = {"float16": "fp16", "int32": "int32"}  # dtypes as packages name them
 
 
 class Interpreted:
     """A function of a package in numpy, and the state that Core ML would keep for it."""
 
-    def __init__(self, package: mil.Package, function: str, arithmetic: str) -> None:
-        self._f = mil.Interpreter(package, function, arithmetic)
+    def __init__(self, package: mil.Package, graph: Mapping[str, Any], arithmetic: str) -> None:
+        self._f = f = mil.Interpreter(package, graph["function"], arithmetic)
+        packed = graph.get("packed")
+        declared = [f.inputs, f.outputs, {f.state_name: f.state} if f.state else {}]
+        said = [{x["name"]: (_MIL[x["dtype"]], tuple(x["shape"])) for x in graph[side]} for side in ("inputs", "outputs")]
+        said.append({packed["name"]: ("fp16", tuple(packed["shape"]))} if packed else {})
+        if declared != said:
+            raise BundleError(f"{package.path}: what {graph['function']} takes and gives is not what the manifest says")
         self._dtype = np.float64 if arithmetic == "exact" else np.float32
 
     def __call__(self, inputs: Mapping[str, Array], kept: Any) -> dict[str, Array]:
@@ -102,8 +109,9 @@ def open_parts(bundle: Bundle, interpret: str | None) -> dict[str, list[Part]]:
         if interpret is None:
             part = Predicted(path, graph)
         else:
-            package = packages.setdefault(graph["file"], mil.Package(path))
-            part = Interpreted(package, graph["function"], interpret)
+            if graph["file"] not in packages:
+                packages[graph["file"]] = mil.Package(path)
+            part = Interpreted(packages[graph["file"]], graph, interpret)
         parts[graph["role"]].append((graph, part))
     return parts
 
@@ -133,11 +141,17 @@ class Loop:
             self.logits = state.logits.copy()
         self.n_tokens = 0 if state is None else state.n_tokens
         tensors = {
-            name: ((np.full(t.shape, t.first) if state is None else state.tensors[name]) / self._factors[name]).clip(
-                -_F16_MAX, _F16_MAX
-            )
+            name: (np.full(t.shape, t.first) if state is None else state.tensors[name]) / self._factors[name]
             for name, t in self._spec.state_tensors.items()
         }
+        for name, x in tensors.items():
+            if name.endswith(".pp"):  # -1e30 stands for nothing read, and -65504 does as well
+                x.clip(-_F16_MAX, _F16_MAX, out=x)
+            elif np.abs(x).max() > _F16_MAX:
+                largest = np.abs(x).max() * self._factors[name]
+                raise StateError(
+                    f"{name} of the state holds {largest:.3g}, which float16 does not: use a bundle for onnxruntime"
+                )
         self._state = {}
         for (graph, part), kept in zip(self._parts["decode"], self._kept, strict=True):
             for i in graph["inputs"]:
@@ -194,13 +208,21 @@ class Loop:
         if self._tables:
             passed["deep_embed"] = self._tables.rows(ids)
         new: dict[str, Array] = {}
-        for (graph, part), kept in zip(self._parts[role], self._kept, strict=True):
-            given = {i["name"]: passed[i["name"]] if i["name"] in passed else self._state[i["name"]] for i in graph["inputs"]}
-            for name, x in part(given, kept).items():
-                inner = name.removesuffix("_out")
-                (new if inner in self._state else passed)[inner] = x
-        # together: an interrupt comes before or after, and finds a whole state
-        self._state, self.n_tokens, self.logits = new, self.n_tokens + len(ids), passed["logits"][0]
+        steps = list(zip(self._parts[role], self._kept, strict=True))
+        # a part's packed state has read the tokens before the next part begins
+        before = [(part, kept, part.get(kept)) for (_, part), kept in steps if kept is not None and len(steps) > 1]
+        try:
+            for (graph, part), kept in steps:
+                known = self._state | passed
+                for name, x in part({i["name"]: known[i["name"]] for i in graph["inputs"]}, kept).items():
+                    inner = name.removesuffix("_out")
+                    (new if inner in self._state else passed)[inner] = x
+            # together: an interrupt comes before or after, and finds a whole state
+            self._state, self.n_tokens, self.logits = new, self.n_tokens + len(ids), passed["logits"][0]
+        except BaseException:  # an interrupt too
+            for part, kept, whole in before:
+                part.put(kept, whole)
+            raise
 
 
 def _tensor(name: str) -> str:
