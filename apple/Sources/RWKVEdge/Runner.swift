@@ -137,21 +137,20 @@ final class Runner {
     func load(_ saved: SavedState?) throws {
         let saved = saved ?? first
         try saved.check(manifest)
-        func values(_ name: String, _ count: Int) throws -> [Float] {
-            guard let tensor = saved.tensors[name], let factor = factors[name], tensor.values.count == count else {
-                throw RWKVError.bundle("\(name) is not in the manifest's state, or of another size there: export the bundle again.")
-            }
-            return factor == 1 ? tensor.values : tensor.values.map { $0 / factor }
+        // as a graph holds it; that every tensor is there, and of its size, ModelBundle and `check` have seen
+        func held(_ name: String) -> [Float] {
+            let (values, factor) = (saved.tensors[name]?.values ?? [], factors[name] ?? 1)
+            return factor == 1 ? values : values.map { $0 / factor }
         }
         var explicit: [String: MLFeatureValue] = [:]
         for part in parts {
             if let about = part.packed?.about {
                 var whole = [Float](repeating: 0, count: about.shape.reduce(1, *))
-                for (name, range) in Self.places(about) { whole.replaceSubrange(range, with: try values(name, range.count)) }
+                for (name, range) in about.places { whole.replaceSubrange(range, with: held(name)) }
                 try write(whole, part)
             }
             for input in part.decode.graph.inputs where input.name.hasPrefix("state_") {
-                let elements = try values(Self.tensorName(input.name), input.shape.reduce(1, *))
+                let elements = held(Manifest.Graph.tensor(of: input.name))
                 explicit[input.name] = MLFeatureValue(multiArray: try MLMultiArray.halves(elements, shape: input.shape))
             }
         }
@@ -163,10 +162,10 @@ final class Runner {
     /// Copy the state out, as a state file has it.
     func save() throws -> SavedState {
         var values: [String: [Float]] = [:]
-        for (input, value) in explicit { values[Self.tensorName(input)] = try value.multiArrayValue?.floats() }
+        for (input, value) in explicit { values[Manifest.Graph.tensor(of: input)] = try value.multiArrayValue?.floats() }
         for part in parts {
             guard let about = part.packed?.about, let whole = try read(part) else { continue }
-            for (name, range) in Self.places(about) { values[name] = Array(whole[range]) }
+            for (name, range) in about.places { values[name] = Array(whole[range]) }
         }
         var tensors: [String: SavedState.Tensor] = [:]
         for tensor in manifest.state {
@@ -176,24 +175,6 @@ final class Runner {
         let saved = SavedState(modelID: manifest.modelID, nTokens: nTokens, tensors: tensors, logits: nTokens > 0 ? logits : nil)
         try saved.check(manifest)
         return saved
-    }
-
-    /// `state_12_att_x` -> `12.att_x`
-    private static func tensorName(_ input: String) -> String {
-        let steps = input.split(separator: "_", maxSplits: 2)
-        return steps.count == 3 ? "\(steps[1]).\(steps[2])" : input
-    }
-
-    /// Where each tensor lies in a packed state: places of elements.
-    private static func places(_ packed: Manifest.Packed) -> [String: Range<Int>] {
-        let (rows, width) = (packed.shape[1], packed.shape[2])
-        var places: [String: Range<Int>] = [:]
-        for layer in 0..<packed.shape[0] {
-            for (name, range) in packed.rows {
-                places["\(packed.firstLayer + layer).\(name)"] = (layer * rows + range[0]) * width..<(layer * rows + range[1]) * width
-            }
-        }
-        return places
     }
 
     /// A part's packed state; nil where it is explicit.
