@@ -81,6 +81,14 @@ final class ManifestTests: XCTestCase {
         XCTAssertEqual(
             try template.turn("Hi", system: "Be kind.", isFirst: true, thinking: "fast"),
             "System: Be kind.\n\nUser: Hi\n\nAssistant: <think>\n</think")
+        XCTAssertEqual(try template.turn("Hi", system: "", isFirst: true), "User: Hi\n\nAssistant:")
+        // white space and newlines as Python has them
+        for (message, expected) in [
+            ("a\r\n\r\nb\rc", "a\nb\nc"), ("\u{A0}\u{3000}a\t\u{1F}", "a"), ("a\u{2028}b\u{0B}c", "a\u{2028}b\u{0B}c"), ("\u{200B}a", "\u{200B}a"),
+            (" \n\u{85}\n", ""), ("a \u{301}", "a \u{301}"),
+        ] {
+            XCTAssertEqual(Array(try template.turn(message, isFirst: true).utf8), Array("User: \(expected)\n\nAssistant:".utf8))
+        }
         assertThrows("unknown") { try template.turn("Hi", isFirst: true, thinking: "slowly") }
     }
 }
