@@ -250,11 +250,11 @@ public actor RWKVModel {
 
     /// End a text; give its last piece, with what was held back unless that was a stop.
     private func finish(_ text: Generation.Text, _ why: Generation.Finish, _ piece: String = "") -> String? {
-        let rest = why == .stop ? "" : text.stops.push(text.stream.finish()).text + text.stops.finish()
+        let last = piece + (why == .stop ? "" : text.stops.push(text.stream.finish()).text + text.stops.finish())
         text.finish = why
         text.mark = nil
         current = nil
-        return piece + rest == "" ? nil : piece + rest
+        return last.isEmpty ? nil : last
     }
 
     func finish(of generation: Generation) -> Generation.Finish? {

@@ -74,7 +74,7 @@ final class Runner {
     /// Load what reads `chunk` tokens at once. It stays loaded until `unloadPrefill`.
     ///
     /// Not loaded before it is needed: memory is reported to grow with every function that is (coremltools' issue 2351).
-    func loadPrefill() async throws {
+    func loadPrefill(isolation: isolated (any Actor)? = #isolation) async throws {
         for i in parts.indices where parts[i].prefill == nil {
             parts[i].prefill = try await CompiledModels.load(parts[i].graphs.prefill, of: bundle, units: units, cache: cache)
         }
