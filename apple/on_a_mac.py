@@ -1,7 +1,7 @@
 """What only a Mac can tell of a Core ML bundle: whether it compiles, what it computes there, where, and how fast.
 
     pip install coremltools==9.0 numpy
-    python apple/on_a_mac.py story-ane                         a bundle, on CPU_ONLY, ALL and CPU_AND_NE
+    python apple/on_a_mac.py story-ane                         a bundle, on CPU_ONLY, ALL and what its profile is made for
     python apple/on_a_mac.py build/apple-bundles/ane-lut4 --golden apple/Tests/RWKVEdgeTests/Goldens/ane-lut4.json
     python apple/on_a_mac.py story-ane --json report.json      the same as data
 
@@ -26,7 +26,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-UNITS = ("CPU_ONLY", "ALL", "CPU_AND_NE")
+UNITS = ("CPU_ONLY", "ALL", "CPU_AND_NE", "CPU_AND_GPU")
+# what a bundle is run on where --units does not say: the last is what its profile is made for
+UNITS_OF = {"ane": ("CPU_ONLY", "ALL", "CPU_AND_NE"), "gpu": ("CPU_ONLY", "ALL", "CPU_AND_GPU")}
 TOKENS = [*range(1, 41)]  # where no golden file says which: two chunks of prefill and some more
 N_STEPS = 8
 
@@ -322,10 +324,13 @@ def count_devices(ops: Iterator[Any], usage: Callable[[Any], Any]) -> dict[str, 
 # --- the report ---
 
 
-def report(bundle: Path, golden: dict[str, Any] | None, units: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
+def report(
+    bundle: Path, golden: dict[str, Any] | None, units: Sequence[str] | None, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Do all of it; say what was found as it is found."""
     manifest = read_manifest(bundle)
     parts = parts_of(manifest)
+    units = units or UNITS_OF.get(parts[0].functions["decode"]["profile"], UNITS)
     if golden and golden["model_id"] != manifest["model_id"]:
         raise MacError(f"the golden file is of another model ({golden['model_id'][:12]}) than {bundle}")
     prompt = golden["ids"] if golden else TOKENS
@@ -410,7 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--golden", type=Path, help="what make_goldens.py made for this bundle")
-    parser.add_argument("--units", nargs="+", choices=[*UNITS, "CPU_AND_GPU"], default=UNITS)
+    parser.add_argument("--units", nargs="+", choices=UNITS, help="default: CPU_ONLY, ALL and the profile's own")
     parser.add_argument("--tolerance", type=float, default=0.05, help="of the logits' deviation (default: 0.05)")
     parser.add_argument("--json", type=Path, help="write the report here as well")
     args = parser.parse_args(arguments)

@@ -290,6 +290,11 @@ def test_the_report_and_its_verdict(tmp_path, monkeypatch):
     found = mac.report(tmp_path, None, ["CPU_ONLY", "CPU_AND_NE"], said.append)
     assert "CPU_AND_NE: FAILED: no such engine" in said
     assert mac.verdict(found, 0.05) == 1
+    for profile, own in (("ane", "CPU_AND_NE"), ("gpu", "CPU_AND_GPU")):
+        for graph in manifest["graphs"]:
+            graph["profile"] = profile
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        assert list(mac.report(tmp_path, None, None, said.append)["units"]) == ["CPU_ONLY", "ALL", own]
     with pytest.raises(mac.MacError, match="another model"):
         mac.report(tmp_path, {"model_id": "6" * 64}, ["CPU_ONLY"], said.append)
 

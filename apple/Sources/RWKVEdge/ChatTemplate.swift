@@ -36,16 +36,22 @@ public struct ChatTemplate: Decodable, Sendable, Equatable {
             throw RWKVError.input("The way of thinking \(thinking) is unknown: the bundle has \(known).")
         }
         var text = isFirst ? "" : turnEnd
-        if isFirst, let system {
+        if isFirst, let system, !system.isEmpty {
             text += Self.fill(self.system, system)
         }
         return text + Self.fill(user, message) + assistant + way.opening
     }
 
-    /// Blank lines end turns, so in what a person says each is one newline.
+    /// Blank lines end turns, so in what a person says each is one newline. Character by character of Unicode, as Python's runtime.
     private static func fill(_ template: String, _ message: String) -> String {
-        let lines = message.components(separatedBy: .newlines).map { $0.trimmingCharacters(in: .whitespaces) }
-        let text = lines.filter { !$0.isEmpty }.joined(separator: "\n")
-        return template.replacingOccurrences(of: "{}", with: text)
+        let lines = message.unicodeScalars.split { $0 == "\n" || $0 == "\r" }.map { line in
+            String(String.UnicodeScalarView(line.drop(while: isSpace).reversed().drop(while: isSpace).reversed()))
+        }
+        return template.replacingOccurrences(of: "{}", with: lines.filter { !$0.isEmpty }.joined(separator: "\n"))
+    }
+
+    /// What Python's `str.strip` takes away: the separators of ASCII besides Unicode's white space.
+    private static func isSpace(_ scalar: Unicode.Scalar) -> Bool {
+        scalar.properties.isWhitespace || (0x1C...0x1F).contains(scalar.value)
     }
 }

@@ -7,28 +7,57 @@ import Foundation
 /// Packages compiled once: an .mlpackage has to be compiled on the device before it can be loaded.
 enum CompiledModels {
     /// Load one function of a package.
-    static func load(_ package: String, function: String, of bundle: ModelBundle, units: MLComputeUnits, cache: URL?) async throws -> MLModel {
-        let configuration = MLModelConfiguration()
-        configuration.computeUnits = units
-        configuration.functionName = function
+    static func load(_ graph: Manifest.Graph, of bundle: ModelBundle, units: MLComputeUnits, cache: URL?) async throws -> MLModel {
+        var earlier = ""
         do {
-            if let shipped = bundle.compiledModel(of: package) {
-                return try await MLModel.load(contentsOf: shipped, configuration: configuration)
+            if let shipped = bundle.compiledModel(of: graph.file) {
+                return try await load(graph, from: shipped, units)
             }
-            let kept = try place(of: package, in: bundle, cache: cache)
+            let kept = try place(of: graph.file, in: bundle, cache: cache)
             if FileManager.default.fileExists(atPath: kept.path) {
-                if let model = try? await MLModel.load(contentsOf: kept, configuration: configuration) {
-                    return model
+                do {
+                    return try await load(graph, from: kept, units)
+                } catch {  // damaged, of another system, or out of memory this once: what is there is only replaced by a new one
+                    try Task.checkCancellation()
+                    earlier = ", and before it was compiled again: \(error.localizedDescription)"
                 }
-                try FileManager.default.removeItem(at: kept)  // damaged, or of another system: once more
             }
-            let compiled = try await MLModel.compileModel(at: bundle.url(of: package))
-            try keep(compiled, at: kept)
-            return try await MLModel.load(contentsOf: kept, configuration: configuration)
-        } catch let error as RWKVError {
+            try keep(try await MLModel.compileModel(at: bundle.url(of: graph.file)), at: kept)
+            return try await load(graph, from: kept, units)
+        } catch let error where error is RWKVError || error is CancellationError {
             throw error
         } catch {
-            throw RWKVError.model("Core ML cannot load \(function) of \(package): \(error.localizedDescription)")
+            throw RWKVError.model("Core ML cannot load \(graph.function) of \(graph.file): \(error.localizedDescription)\(earlier)")
+        }
+    }
+
+    private static func load(_ graph: Manifest.Graph, from compiled: URL, _ units: MLComputeUnits) async throws -> MLModel {
+        let configuration = MLModelConfiguration()
+        configuration.computeUnits = units
+        configuration.functionName = graph.function
+        let model = try await MLModel.load(contentsOf: compiled, configuration: configuration)
+        let about = model.modelDescription
+        let isIts = fits(about.inputDescriptionsByName, graph.inputs) && fits(about.outputDescriptionsByName, graph.outputs)
+        guard isIts, Set(about.stateDescriptionsByName.keys) == Set([graph.packed?.name].compactMap { $0 }) else {
+            throw RWKVError.bundle("\(compiled.lastPathComponent) is not of this bundle's \(graph.file): compile that one again.")
+        }
+        return model
+    }
+
+    /// Whether a model has these inputs or outputs and no others.
+    private static func fits(_ found: [String: MLFeatureDescription], _ expected: [Manifest.Value]) -> Bool {
+        found.count == expected.count && expected.allSatisfy { found[$0.name]?.multiArrayConstraint?.shape.map(\.intValue) == $0.shape }
+    }
+
+    /// Remove every compiled model but those of some bundles.
+    static func removeAll(except bundles: [ModelBundle], cache: URL?) throws {
+        let files = FileManager.default
+        let kept = try Set(bundles.flatMap { bundle in
+            try bundle.manifest.graphs.map { try place(of: $0.file, in: bundle, cache: cache).lastPathComponent }
+        })
+        for file in try files.contentsOfDirectory(at: folder(cache), includingPropertiesForKeys: nil)
+        where file.pathExtension == "mlmodelc" && !kept.contains(file.lastPathComponent) {
+            try files.removeItem(at: file)
         }
     }
 
@@ -63,6 +92,7 @@ enum CompiledModels {
         let temporary = place.deletingLastPathComponent().appendingPathComponent("\(UUID().uuidString).mlmodelc")
         try files.moveItem(at: compiled, to: temporary)
         do {
+            if files.fileExists(atPath: place.path) { try files.removeItem(at: place) }
             try files.moveItem(at: temporary, to: place)
         } catch {
             try? files.removeItem(at: temporary)

@@ -13,21 +13,31 @@ public final class JSONTokenizer: TextTokenizer, @unchecked Sendable {
 
     public init(contentsOf file: URL) throws {
         let name = file.lastPathComponent
-        guard let data = try? Data(contentsOf: file), let parsed = (try? JSONSerialization.jsonObject(with: data)) as? [NSString: Any],
+        guard let data = try? Data(contentsOf: file), var parsed = (try? JSONSerialization.jsonObject(with: data)) as? [NSString: Any],
             let model = parsed["model"] as? [String: Any], let added = (parsed["added_tokens"] ?? [Any]()) as? [[String: Any]]
         else {
             throw RWKVError.tokenizer("\(name) is no tokenizer.json: copy the bundle again.")
         }
         guard model["type"] as? String == "BPE", Self.types(parsed["pre_tokenizer"]).contains("ByteLevel"),
-            Self.types(parsed["decoder"]) == ["ByteLevel"], let vocab = model["vocab"] as? NSDictionary, model["merges"] is [Any],
-            Set(Self.types(parsed["pre_tokenizer"])).isSubset(of: ["Sequence", "ByteLevel", "Split", "Digits", "Punctuation"])
+            Self.types(parsed["decoder"]) == ["ByteLevel"], let vocab = model["vocab"] as? NSDictionary, let merges = model["merges"] as? [Any],
+            Set(Self.types(parsed["pre_tokenizer"])).isSubset(of: ["Sequence", "ByteLevel", "Split", "Digits", "Punctuation"]),
+            Set(Self.types(parsed["normalizer"])).isSubset(of: ["Sequence", "NFC", "NFD", "NFKC", "NFKD"])
         else {
             throw RWKVError.unsupported("\(name) is not a byte-level BPE, which is the kind that this package reads.")
         }
         // that package ends the app at a byte without a token; C0, C1 and F5 to FF are in no text
-        guard Self.alphabet.allSatisfy({ vocab.object(forKey: $0) != nil }) else {
+        guard Self.alphabet.allSatisfy({ vocab.object(forKey: $0) is Int }) else {
             throw RWKVError.unsupported("\(name) has no token for some bytes, which this package cannot leave out.")
         }
+        // and at a merge of anything but two texts, or into what is no token
+        let areMerges = merges.allSatisfy { merge in
+            let pair = merge as? [String] ?? (merge as? String)?.components(separatedBy: " ") ?? []
+            return pair.count == 2 && vocab.object(forKey: pair.joined()) is Int
+        }
+        guard areMerges else {
+            throw RWKVError.tokenizer("\(name) has merges that do not fit its vocabulary: copy the bundle again.")
+        }
+        parsed["post_processor"] = nil  // it would only add special tokens, and not every kind is known there
         let ids = vocab.allValues.compactMap { $0 as? Int } + added.compactMap { $0["id"] as? Int }
         nVocab = 1 + (ids.max() ?? 0)
         do {
@@ -61,7 +71,7 @@ public final class JSONTokenizer: TextTokenizer, @unchecked Sendable {
     /// The types of a component and, of a sequence, those of its members.
     private static func types(_ component: Any?) -> [String] {
         guard let about = component as? [String: Any], let type = about["type"] as? String else { return [] }
-        let members = (about["pretokenizers"] ?? about["decoders"]) as? [Any] ?? []
+        let members = (about["pretokenizers"] ?? about["decoders"] ?? about["normalizers"]) as? [Any] ?? []
         return [type] + members.flatMap { types($0) }
     }
 }

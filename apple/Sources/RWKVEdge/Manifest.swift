@@ -77,6 +77,18 @@ public struct Manifest: Decodable, Sendable {
             case name, shape, rows
             case firstLayer = "first_layer"
         }
+
+        /// Where each tensor of the state lies: places of elements.
+        var places: [String: Range<Int>] {
+            let (nRows, width) = (shape[1], shape[2])
+            var places: [String: Range<Int>] = [:]
+            for layer in 0..<shape[0] {
+                for (name, range) in rows {
+                    places["\(firstLayer + layer).\(name)"] = (layer * nRows + range[0]) * width..<(layer * nRows + range[1]) * width
+                }
+            }
+            return places
+        }
     }
 
     public struct Graph: Decodable, Sendable {
@@ -92,7 +104,20 @@ public struct Manifest: Decodable, Sendable {
         public let state: String
         public let inputs: [Value]
         public let outputs: [Value]
+        /// Nil where the state is explicit, and in a part that has no layers.
         public let packed: Packed?
+
+        /// The tensors of the state that this part keeps, in one way or the other, with their numbers of elements.
+        var tensors: [(name: String, count: Int)] {
+            inputs.filter { $0.name.hasPrefix("state_") }.map { (Self.tensor(of: $0.name), $0.shape.reduce(1, *)) }
+                + (packed?.places ?? [:]).map { ($0.key, $0.value.count) }
+        }
+
+        /// `state_12_att_x` -> `12.att_x`
+        static func tensor(of input: String) -> String {
+            let steps = input.split(separator: "_", maxSplits: 2)
+            return steps.count == 3 ? "\(steps[1]).\(steps[2])" : input
+        }
 
         enum CodingKeys: String, CodingKey {
             case file, function, part, parts, profile, state, inputs, outputs, packed

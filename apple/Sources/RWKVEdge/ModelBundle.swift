@@ -62,8 +62,16 @@ public struct ModelBundle: Sendable {
         }
     }
 
-    /// What later code relies on: every part has both functions, and sizes that can be.
+    /// What later code relies on: sizes that can be, both functions of every part, and in each of them the whole state, once.
     private func checkGraphs() throws {
+        let values = manifest.graphs.flatMap { $0.inputs + $0.outputs }
+        let shapes = manifest.state.map(\.shape) + values.map(\.shape) + manifest.graphs.compactMap { $0.packed?.shape }
+        let canBe = shapes.allSatisfy { shape in
+            !shape.isEmpty && shape.allSatisfy { $0 >= 1 } && shape.reduce(1.0) { $0 * Double($1) } <= 0x1p32
+        }
+        guard manifest.spec.nVocab > 0, canBe else {
+            throw RWKVError.bundle("The manifest states sizes that cannot be: export the bundle again.")
+        }
         let numbers = manifest.graphs.map(\.part)
         guard let last = numbers.max(), (1...numbers.count).contains(last), Set(numbers) == Set(1...last) else {
             throw RWKVError.bundle("The manifest lists no graphs, or not all parts of the model: export the bundle again.")
@@ -73,33 +81,41 @@ public struct ModelBundle: Sendable {
             guard functions.count == 2, Set(functions.map(\.function)) == ["decode", "prefill"], Set(functions.map(\.file)).count == 1 else {
                 throw RWKVError.bundle("Part \(part) of the model does not have the functions decode and prefill: export the bundle again.")
             }
+            guard functions[0].packed == functions[1].packed else {
+                throw RWKVError.bundle("The two functions of part \(part) do not share one packed state: export the bundle again.")
+            }
         }
         let folders = Set(manifest.files.keys.compactMap { $0.split(separator: "/").first.map(String.init) })
-        for graph in manifest.graphs {
-            guard folders.contains(graph.file) else {
-                throw RWKVError.bundle("The manifest uses \(graph.file) but does not list it under files: export the bundle again.")
-            }
-            if graph.inputs.contains(where: { $0.name == "deep_embed" }) {
-                throw RWKVError.unsupported("This is an RWKV-7a: its DeepEmbed tables are not read by this package yet.")
-            }
-            guard graph.state == "explicit" || (graph.state == "packed" && graph.packed != nil) else {
-                throw RWKVError.unsupported("\(graph.file) keeps its state as \(graph.state), which this release does not know: update the app.")
-            }
-            if let packed = graph.packed {
-                let areRows = packed.shape.count == 3 && packed.rows.values.allSatisfy { range in
-                    range.count == 2 && 0 <= range[0] && range[0] < range[1] && range[1] <= packed.shape[1]
-                }
-                guard areRows else {
-                    throw RWKVError.bundle("The manifest's packed state is not (layers, rows, width): export the bundle again.")
-                }
-            }
-            guard graph.nTokens >= 1, graph.function == "prefill" || graph.nTokens == 1 else {
-                throw RWKVError.bundle("\(graph.function) of \(graph.file) takes \(graph.nTokens) tokens: export the bundle again.")
+        for graph in manifest.graphs { try check(graph, folders) }
+        let expected = manifest.state.map { "\($0.name) \($0.shape.reduce(1, *))" }.sorted()
+        for function in ["decode", "prefill"] {
+            let found = manifest.graphs.filter { $0.function == function }.flatMap(\.tensors).map { "\($0.name) \($0.count)" }
+            guard found.sorted() == expected else {
+                throw RWKVError.bundle("The parts of the model do not keep the state that the manifest lists: export the bundle again.")
             }
         }
-        let shapes = manifest.state.map(\.shape) + manifest.graphs.compactMap { $0.packed?.shape }
-        guard manifest.spec.nVocab > 0, shapes.allSatisfy({ !$0.isEmpty && $0.allSatisfy { (1...1 << 24).contains($0) } }) else {
-            throw RWKVError.bundle("The manifest states sizes that cannot be: export the bundle again.")
+    }
+
+    private func check(_ graph: Manifest.Graph, _ folders: Set<String>) throws {
+        guard folders.contains(graph.file) else {
+            throw RWKVError.bundle("The manifest uses \(graph.file) but does not list it under files: export the bundle again.")
+        }
+        if graph.inputs.contains(where: { $0.name == "deep_embed" }) {
+            throw RWKVError.unsupported("This is an RWKV-7a: its DeepEmbed tables are not read by this package yet.")
+        }
+        guard graph.state == "explicit" || graph.state == "packed" else {
+            throw RWKVError.unsupported("\(graph.file) keeps its state as \(graph.state), which this release does not know: update the app.")
+        }
+        if let packed = graph.packed {
+            let areRows = packed.shape.count == 3 && (0...1 << 24).contains(packed.firstLayer) && packed.rows.values.allSatisfy { range in
+                range.count == 2 && 0 <= range[0] && range[0] < range[1] && range[1] <= packed.shape[1]
+            }
+            guard areRows else {
+                throw RWKVError.bundle("The manifest's packed state is not (layers, rows, width): export the bundle again.")
+            }
+        }
+        guard graph.nTokens >= 1, graph.function == "prefill" || graph.nTokens == 1 else {
+            throw RWKVError.bundle("\(graph.function) of \(graph.file) takes \(graph.nTokens) tokens: export the bundle again.")
         }
     }
 

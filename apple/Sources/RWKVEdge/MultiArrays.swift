@@ -34,27 +34,13 @@ extension MLMultiArray {
     func floats() throws -> [Float] {
         let rows = Rows(shape: shape.map(\.intValue), strides: strides.map(\.intValue))
         let kind = dataType
-        var values: [Float] = []
-        values.reserveCapacity(rows.count * rows.length)
-        try withUnsafeBytes { (bytes: UnsafeRawBufferPointer) -> Void in
+        return try withUnsafeBytes { (bytes: UnsafeRawBufferPointer) -> [Float] in
             switch kind {
-            case .float16:
-                let items = bytes.bindMemory(to: UInt16.self)
-                try rows.check(items.count)
-                rows.forEach { start in
-                    for i in 0..<rows.length { values.append(Half.float(items[start + i * rows.step])) }
-                }
-            case .float32:
-                let items = bytes.bindMemory(to: Float.self)
-                try rows.check(items.count)
-                rows.forEach { start in
-                    for i in 0..<rows.length { values.append(items[start + i * rows.step]) }
-                }
-            default:
-                throw RWKVError.model("Core ML gave an array that is neither float16 nor float32.")
+            case .float16: return try rows.read(bytes.bindMemory(to: UInt16.self), Half.float)
+            case .float32: return try rows.read(bytes.bindMemory(to: Float.self)) { $0 }
+            default: throw RWKVError.model("Core ML gave an array that is neither float16 nor float32.")
             }
         }
-        return values
     }
 
     /// Fill a float16 array with elements in row-major order. What is beyond float16 becomes its largest number, as in Python: a state

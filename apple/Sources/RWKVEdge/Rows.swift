@@ -21,6 +21,28 @@ struct Rows {
         }
     }
 
+    /// The elements in row-major order, each converted.
+    ///
+    /// Through pointers: an array's `append` and a buffer's checks at every element take as long as the conversion.
+    func read<T>(_ items: UnsafeBufferPointer<T>, _ convert: (T) -> Float) throws -> [Float] {
+        try check(items.count)
+        guard let from = items.baseAddress else { return [] }
+        return [Float](unsafeUninitializedCapacity: count * length) { buffer, n in
+            guard var to = buffer.baseAddress else { return }
+            forEach { start in
+                var place = from + start
+                var left = length
+                while left > 0 {
+                    to.initialize(to: convert(place.pointee))
+                    to += 1
+                    place += step
+                    left -= 1
+                }
+            }
+            n = count * length
+        }
+    }
+
     /// Call with the place of each row's first element, in row-major order.
     func forEach(_ body: (_ start: Int) -> Void) {
         var index = [Int](repeating: 0, count: max(shape.count - 1, 0))

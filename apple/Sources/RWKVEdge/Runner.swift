@@ -5,15 +5,12 @@ import Foundation
 
 /// Runs the step of a bundle: tokens in, logits and a state out. For one task at a time; `RWKVModel` sees to that.
 final class Runner {
-    private struct Function {
-        let graph: Manifest.Graph
-        let model: MLModel
-    }
-
     /// A package: its two functions, and its share of the state where that is packed.
     private struct Part {
-        let decode: Function
-        let prefill: Function
+        let graphs: (decode: Manifest.Graph, prefill: Manifest.Graph)
+        let decode: MLModel
+        /// Nil until it is needed.
+        var prefill: MLModel?
         let packed: (state: MLState, about: Manifest.Packed)?
     }
 
@@ -23,61 +20,95 @@ final class Runner {
         fileprivate let explicit: [String: MLFeatureValue]
         /// Packed: copies, one for each part.
         fileprivate let packed: [[Float]]
-        let nTokens: Int
-        let logits: [Float]?
+        fileprivate let nTokens: Int
+        fileprivate let logits: Logits
     }
 
-    private let manifest: Manifest
-    private let parts: [Part]
+    /// After the last token: as Core ML gave them, or as numbers.
+    fileprivate enum Logits {
+        case given(MLMultiArray)
+        case read([Float]?)
+    }
+
+    private let bundle: ModelBundle
+    private let units: MLComputeUnits
+    private let cache: URL?
+    private var manifest: Manifest { bundle.manifest }
+    private var parts: [Part] = []
     /// The state that every text begins from.
     private let first: SavedState
     /// Tensor -> what a graph holds is multiplied by this to give the state.
     private let factors: [String: Float]
     /// State input -> what to hand to the next call.
     private var explicit: [String: MLFeatureValue] = [:]
+    private var lastLogits = Logits.read(nil)
+    /// Whether a call failed while a packed state was being changed, part by part: it is neither before the call nor after it.
+    private var isTorn = false
 
     /// Tokens that the state has read.
     private(set) var nTokens = 0
-    /// After the last of them; nil before the first.
-    private(set) var logits: [Float]?
     /// How many tokens prefill takes in one call.
     let chunk: Int
 
     init(_ bundle: ModelBundle, units: MLComputeUnits, cache: URL?) async throws {
-        manifest = bundle.manifest
-        let graphs = manifest.graphs.sorted { $0.part < $1.part }
-        var parts: [Part] = []
-        // of every part there is one of each: ModelBundle has looked
-        for (decode, prefill) in zip(graphs.filter { $0.function == "decode" }, graphs.filter { $0.function == "prefill" }) {
-            let one = try await CompiledModels.load(decode.file, function: "decode", of: bundle, units: units, cache: cache)
-            let many = try await CompiledModels.load(prefill.file, function: "prefill", of: bundle, units: units, cache: cache)
-            // made once, used by both functions: the memory of a text is one
-            let packed = decode.packed.map { (state: one.makeState(), about: $0) }
-            parts.append(Part(decode: Function(graph: decode, model: one), prefill: Function(graph: prefill, model: many), packed: packed))
-        }
-        self.parts = parts
-        chunk = parts[0].prefill.graph.nTokens
-        factors = Dictionary(manifest.state.map { ($0.name, $0.factor) }, uniquingKeysWith: { one, _ in one })
-        if let name = manifest.initialState {
-            first = try SavedState(contentsOf: bundle.url(of: name), manifest: manifest)
+        (self.bundle, self.units, self.cache) = (bundle, units, cache)
+        let graphs = bundle.manifest.graphs.sorted { $0.part < $1.part }
+        let prefill = graphs.filter { $0.function == "prefill" }
+        chunk = prefill[0].nTokens
+        factors = Dictionary(bundle.manifest.state.map { ($0.name, $0.factor) }, uniquingKeysWith: { one, _ in one })
+        if let name = bundle.manifest.initialState {
+            first = try SavedState(contentsOf: bundle.url(of: name), manifest: bundle.manifest)
         } else {
-            first = SavedState(firstOf: manifest)
+            first = SavedState(firstOf: bundle.manifest)
+        }
+        // of every part there is one of each: ModelBundle has looked
+        for (decode, prefill) in zip(graphs.filter { $0.function == "decode" }, prefill) {
+            let model = try await CompiledModels.load(decode, of: bundle, units: units, cache: cache)
+            // made once, used by both functions: the memory of a text is one
+            let packed = decode.packed.map { (state: model.makeState(), about: $0) }
+            parts.append(Part(graphs: (decode, prefill), decode: model, packed: packed))
         }
         try load(nil)
     }
 
-    /// Read tokens: `chunk` of them, or one.
+    /// Load what reads `chunk` tokens at once. It stays loaded until `unloadPrefill`.
+    ///
+    /// Not loaded before it is needed: memory is reported to grow with every function that is (coremltools' issue 2351).
+    func loadPrefill(isolation: isolated (any Actor)? = #isolation) async throws {
+        for i in parts.indices where parts[i].prefill == nil {
+            parts[i].prefill = try await CompiledModels.load(parts[i].graphs.prefill, of: bundle, units: units, cache: cache)
+        }
+    }
+
+    func unloadPrefill() {
+        for i in parts.indices { parts[i].prefill = nil }
+    }
+
+    /// The logits after the last token; nil before the first. Made numbers when they are read: of a long prompt, only the last.
+    func logits() throws -> [Float]? {
+        switch lastLogits {
+        case .read(let values): return values
+        case .given(let array):
+            let values = try array.floats()
+            lastLogits = .read(values)
+            return values
+        }
+    }
+
+    /// Read tokens: one, or with prefill loaded `chunk` of them.
     func step(_ tokens: [Int]) throws {
+        try refuseTorn()
         if let wrong = tokens.first(where: { !(0..<manifest.spec.nVocab).contains($0) }) {
             throw RWKVError.input("Token \(wrong) is outside the vocabulary of 0 to \(manifest.spec.nVocab - 1).")
         }
+        isTorn = parts.contains { $0.packed != nil }
         try autoreleasepool { () -> Void in
             // what goes from part to part
             var passed = ["tokens": MLFeatureValue(multiArray: try MLMultiArray.tokens(tokens))]
             var state: [String: MLFeatureValue] = [:]
             for part in parts {
-                let function = tokens.count == 1 ? part.decode : part.prefill
-                let graph = function.graph
+                guard let model = tokens.count == 1 ? part.decode : part.prefill else { throw RWKVError.model("Prefill is not loaded.") }
+                let graph = tokens.count == 1 ? part.graphs.decode : part.graphs.prefill
                 var inputs: [String: MLFeatureValue] = [:]
                 for input in graph.inputs {
                     guard let value = explicit[input.name] ?? passed[input.name] else {
@@ -85,7 +116,7 @@ final class Runner {
                     }
                     inputs[input.name] = value
                 }
-                let given = try predict(function.model, inputs, part.packed?.state)
+                let given = try predict(model, inputs, part.packed?.state)
                 for output in graph.outputs {
                     guard let value = given.featureValue(for: output.name) else {
                         throw RWKVError.model("\(graph.file) gave no \(output.name).")
@@ -98,13 +129,14 @@ final class Runner {
                     }
                 }
             }
-            guard let read = try passed["logits"]?.multiArrayValue?.floats(), read.count == manifest.spec.nVocab, state.count == explicit.count else {
+            guard let array = passed["logits"]?.multiArrayValue, array.count == manifest.spec.nVocab, state.count == explicit.count else {
                 throw RWKVError.model("The model did not give the logits and the state that the manifest promises.")
             }
             // together, and only now: what fails above leaves an explicit state as it was
             explicit = state
-            logits = read
+            lastLogits = .given(array)
             nTokens += tokens.count
+            isTorn = false
         }
     }
 
@@ -122,78 +154,69 @@ final class Runner {
 
     // MARK: - State
 
+    private func refuseTorn() throws {
+        if isTorn {
+            throw RWKVError.state("An earlier call failed half-way, so what the model remembers is of no use: reset or restore it.")
+        }
+    }
+
     func snapshot() throws -> Snapshot {
-        Snapshot(explicit: explicit, packed: try parts.compactMap { try read($0) }, nTokens: nTokens, logits: logits)
+        try refuseTorn()
+        return Snapshot(explicit: explicit, packed: try parts.compactMap { try read($0) }, nTokens: nTokens, logits: lastLogits)
     }
 
     func restore(_ snapshot: Snapshot) throws {
         for (part, values) in zip(parts, snapshot.packed) { try write(values, part) }
         explicit = snapshot.explicit
         nTokens = snapshot.nTokens
-        logits = snapshot.logits
+        lastLogits = snapshot.logits
+        isTorn = false
     }
 
     /// Begin from a state, or with nil from where every text begins.
     func load(_ saved: SavedState?) throws {
         let saved = saved ?? first
         try saved.check(manifest)
-        func values(_ name: String, _ count: Int) throws -> [Float] {
-            guard let tensor = saved.tensors[name], let factor = factors[name], tensor.values.count == count else {
-                throw RWKVError.bundle("\(name) is not in the manifest's state, or of another size there: export the bundle again.")
-            }
-            return factor == 1 ? tensor.values : tensor.values.map { $0 / factor }
+        // as a graph holds it; that every tensor is there, and of its size, ModelBundle and `check` have seen
+        func held(_ name: String) -> [Float] {
+            let (values, factor) = (saved.tensors[name]?.values ?? [], factors[name] ?? 1)
+            return factor == 1 ? values : values.map { $0 / factor }
         }
         var explicit: [String: MLFeatureValue] = [:]
         for part in parts {
             if let about = part.packed?.about {
                 var whole = [Float](repeating: 0, count: about.shape.reduce(1, *))
-                for (name, range) in Self.places(about) { whole.replaceSubrange(range, with: try values(name, range.count)) }
+                for (name, range) in about.places { whole.replaceSubrange(range, with: held(name)) }
                 try write(whole, part)
             }
-            for input in part.decode.graph.inputs where input.name.hasPrefix("state_") {
-                let elements = try values(Self.tensorName(input.name), input.shape.reduce(1, *))
+            for input in part.graphs.decode.inputs where input.name.hasPrefix("state_") {
+                let elements = held(Manifest.Graph.tensor(of: input.name))
                 explicit[input.name] = MLFeatureValue(multiArray: try MLMultiArray.halves(elements, shape: input.shape))
             }
         }
         self.explicit = explicit
         nTokens = saved.nTokens
-        logits = saved.logits
+        lastLogits = .read(saved.logits)
+        isTorn = false
     }
 
     /// Copy the state out, as a state file has it.
     func save() throws -> SavedState {
+        try refuseTorn()
         var values: [String: [Float]] = [:]
-        for (input, value) in explicit { values[Self.tensorName(input)] = try value.multiArrayValue?.floats() }
+        for (input, value) in explicit { values[Manifest.Graph.tensor(of: input)] = try value.multiArrayValue?.floats() }
         for part in parts {
             guard let about = part.packed?.about, let whole = try read(part) else { continue }
-            for (name, range) in Self.places(about) { values[name] = Array(whole[range]) }
+            for (name, range) in about.places { values[name] = Array(whole[range]) }
         }
         var tensors: [String: SavedState.Tensor] = [:]
         for tensor in manifest.state {
             let held = values[tensor.name] ?? []
             tensors[tensor.name] = SavedState.Tensor(shape: tensor.shape, values: tensor.factor == 1 ? held : held.map { $0 * tensor.factor })
         }
-        let saved = SavedState(modelID: manifest.modelID, nTokens: nTokens, tensors: tensors, logits: nTokens > 0 ? logits : nil)
+        let saved = SavedState(modelID: manifest.modelID, nTokens: nTokens, tensors: tensors, logits: nTokens > 0 ? try logits() : nil)
         try saved.check(manifest)
         return saved
-    }
-
-    /// `state_12_att_x` -> `12.att_x`
-    private static func tensorName(_ input: String) -> String {
-        let steps = input.split(separator: "_", maxSplits: 2)
-        return steps.count == 3 ? "\(steps[1]).\(steps[2])" : input
-    }
-
-    /// Where each tensor lies in a packed state: places of elements.
-    private static func places(_ packed: Manifest.Packed) -> [String: Range<Int>] {
-        let (rows, width) = (packed.shape[1], packed.shape[2])
-        var places: [String: Range<Int>] = [:]
-        for layer in 0..<packed.shape[0] {
-            for (name, range) in packed.rows {
-                places["\(packed.firstLayer + layer).\(name)"] = (layer * rows + range[0]) * width..<(layer * rows + range[1]) * width
-            }
-        }
-        return places
     }
 
     /// A part's packed state; nil where it is explicit.

@@ -95,13 +95,14 @@ struct Sampler {
         random = SplitMix64(seed: seed ?? UInt64.random(in: .min ... .max))
     }
 
-    /// Take a token that was chosen; `text` is what it says.
-    mutating func add(_ token: Int, text: String?) {
+    /// Take a token that was chosen; `text` is what it says, and is only asked for where penalties need it.
+    mutating func add(_ token: Int, text: @autoclosure () -> String) {
         guard sampling.presencePenalty != 0 || sampling.frequencyPenalty != 0 else { return }
-        for key in counts.keys { counts[key, default: 0] *= sampling.penaltyDecay }
+        counts = counts.mapValues { $0 * sampling.penaltyDecay }
         // digits, a space and a tab are seen and not counted, as the rwkv package has it
-        let uncounted = text.map { $0.isEmpty || " \t0123456789".contains($0) } ?? false
-        counts[token, default: 0] += uncounted ? 0 : 1
+        let text = text()
+        let isUncounted = text.isEmpty || " \t0123456789".contains(text)
+        counts[token, default: 0] += isUncounted ? 0 : 1
     }
 
     /// Choose one of the first `limit` tokens by its logit.
@@ -128,7 +129,7 @@ struct Sampler {
     }
 
     /// The tokens that topK, topP and minP leave, and the logarithms of their probabilities.
-    private func candidates(_ logits: [Float], top: Double) -> (ids: [Int], logP: [Double]) {
+    func candidates(_ logits: [Float], top: Double) -> (ids: [Int], logP: [Double]) {
         let z = top + log(logits.reduce(0.0) { $0 + exp(Double($1) - top) })
         func logP(_ ids: [Int]) -> [Double] { ids.map { Double(logits[$0]) - z } }
         if sampling.topK == 0, sampling.topP == 1, sampling.minP == 0 {
@@ -138,29 +139,37 @@ struct Sampler {
         func sorted(_ ids: [Int]) -> [Int] {
             ids.sorted { logits[$0] == logits[$1] ? $0 < $1 : logits[$0] > logits[$1] }
         }
-        // nearly always those within e^-12 of the best are enough, and few: all are sorted only if they are not
-        var kept = sorted(logits.indices.filter { Double(logits[$0]) > top - 12 })
-        var n = nKept(logP(kept))
-        if n == kept.count, n < logits.count {
-            kept = sorted(Array(logits.indices))
-            n = nKept(logP(kept))
+        // nearly always those within e^-12 of the best are enough, and few: more are sorted only if they are not
+        var kept: [Int] = []
+        for reach in [12, 24, Double.infinity] {
+            kept = sorted(logits.indices.filter { Double(logits[$0]) >= top - reach })
+            let (n, isCertain) = nKept(logP(kept))
+            kept = Array(kept.prefix(n))
+            if isCertain { break }
         }
-        kept = Array(kept.prefix(n))
         return (kept, logP(kept))
     }
 
-    /// How many of the most likely tokens stay; `logP` is sorted, the most likely first.
-    private func nKept(_ logP: [Double]) -> Int {
+    /// How many of the most likely tokens stay, and whether less likely ones than these could not change that.
+    ///
+    /// `logP` is sorted, the most likely first.
+    private func nKept(_ logP: [Double]) -> (n: Int, isCertain: Bool) {
         let p = logP.map { exp($0) }
-        var n = sampling.topK > 0 ? min(sampling.topK, p.count) : p.count
+        var n = p.count
+        var isCertain = false
+        if sampling.topK > 0, sampling.topK <= n {
+            (n, isCertain) = (sampling.topK, true)
+        }
         if sampling.topP < 1 {
             var sum = 0.0
-            let below = p.prefix { sum += $0; return sum < sampling.topP * (1 - 1e-12) }
-            n = min(n, below.count + 1)
+            let below = p.prefix { sum += $0; return sum < sampling.topP * (1 - 1e-12) }.count
+            if below < p.count { (n, isCertain) = (min(n, below + 1), true) }
         }
         if let highest = p.first, sampling.minP > 0 {
-            n = min(n, p.prefix { $0 >= sampling.minP * (1 - 1e-12) * highest }.count)
+            let likely = p.prefix { $0 >= sampling.minP * (1 - 1e-12) * highest }.count
+            // what is further away than e^-12 is less likely than 1e-5 of the best
+            if likely < p.count || sampling.minP > 1e-5 { (n, isCertain) = (min(n, likely), true) }
         }
-        return max(n, 1)
+        return (max(n, 1), isCertain)
     }
 }

@@ -84,8 +84,15 @@ public struct SavedState: Sendable, Equatable {
         try check(manifest)
     }
 
-    /// Write a state file in float32, whole or not at all.
+    /// Write a state file in float32, whole or not at all, replacing a state file of that name and nothing else.
+    ///
+    /// Throws `RWKVError.state` if another file is there.
     public func write(to file: URL) throws {
+        if FileManager.default.fileExists(atPath: file.path) {
+            guard let old = try? Data(contentsOf: file, options: .mappedIfSafe), Safetensors(old)?.metadata[Self.key] != nil else {
+                throw RWKVError.state("\(file.lastPathComponent) exists and is no state file: choose another name.")
+            }
+        }
         try encoded().write(to: file, options: .atomic)
     }
 

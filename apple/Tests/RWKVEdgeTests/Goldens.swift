@@ -27,29 +27,44 @@ enum Goldens {
     static func manifest(
         format: Int = 1, target: String = "coreml", modelID: String = String(repeating: "5", count: 64)
     ) throws -> Manifest {
-        let state = (0..<2).map { layer in
+        try Manifest.decode(Data(json(format: format, target: target, modelID: modelID).utf8))
+    }
+
+    /// One package with both layers.
+    static let whole = [#""packed": {"name": "rwkv_state", "shape": [2, 8, 2], "first_layer": 0, "rows": \#(rows)}"#]
+    static let rows = #"{"att_x": [0, 2], "wkv": [2, 6], "ffn_x": [6, 8]}"#
+
+    /// The text of such a manifest.
+    ///
+    /// - Parameter parts: what is said of the state of each part
+    static func json(
+        format: Int = 1, target: String = "coreml", modelID: String = String(repeating: "5", count: 64), state: String = "packed",
+        parts: [String] = whole
+    ) -> String {
+        let tensors = (0..<2).map { layer in
             """
             {"name": "\(layer).att_x", "shape": [4], "dtype": "float32", "first": 0.0, "factor": 1.0},
             {"name": "\(layer).wkv", "shape": [2, 2, 2], "dtype": "float32", "first": -10000.0, "factor": 16.0},
             {"name": "\(layer).ffn_x", "shape": [4], "dtype": "float32", "first": 0, "factor": 1}
             """
         }
-        func graph(_ function: String, _ nTokens: Int) -> String {
-            """
-            {"file": "model.mlpackage", "function": "\(function)", "role": "\(function)", "part": 1, "parts": 1,
-             "target": "\(target)", "profile": "ane", "wkv": "step", "T": \(nTokens), "arithmetic": "float16", "state": "packed",
-             "inputs": [{"name": "tokens", "dtype": "int32", "shape": [\(nTokens)]}],
-             "outputs": [{"name": "logits", "dtype": "float16", "shape": [1, 16]}],
-             "packed": {"name": "rwkv_state", "shape": [2, 8, 2], "first_layer": 0,
-                        "rows": {"att_x": [0, 2], "wkv": [2, 6], "ffn_x": [6, 8]}},
-             "needs": {"ios": "18.0", "macos": "15.0"}}
-            """
+        let graphs = [("decode", 1), ("prefill", 16)].flatMap { function, nTokens in
+            parts.enumerated().map { i, about in
+                let inputs = #"{"name": "tokens", "dtype": "int32", "shape": [\#(nTokens)]}"#
+                return """
+                    {"file": "model.mlpackage", "function": "\(function)", "role": "\(function)", "part": \(i + 1),
+                     "parts": \(parts.count), "target": "\(target)", "profile": "ane", "wkv": "step", "T": \(nTokens),
+                     "arithmetic": "float16", "state": "\(state)", "inputs": [\(inputs)],
+                     "outputs": [{"name": "logits", "dtype": "float16", "shape": [1, 16]}],
+                     \(about.isEmpty ? "" : about + ",") "needs": {"ios": "18.0", "macos": "15.0"}}
+                    """
+            }
         }
-        let json = """
+        return """
             {"format": \(format), "model_id": "\(modelID)",
              "spec": {"version": "7", "n_layer": 2, "n_embd": 4, "n_head": 2, "head_size": 2, "n_ffn": 16, "n_vocab": 16},
-             "state": [\(state.joined(separator: ","))],
-             "graphs": [\(graph("decode", 1)), \(graph("prefill", 16))],
+             "state": [\(tensors.joined(separator: ","))],
+             "graphs": [\(graphs.joined(separator: ","))],
              "tensors": {},
              "files": {"model.mlpackage/Manifest.json": {"bytes": 2, "sha256": "\(String(repeating: "0", count: 64))"}},
              "initial_state": null, "tokenizer": null, "prompt": null,
@@ -57,7 +72,6 @@ enum Goldens {
                           "presence_penalty": 0.0, "frequency_penalty": 0.0, "penalty_decay": 0.996},
              "made_by": {"tool": "rwkv-edge", "version": "0.1.0"}}
             """
-        return try Manifest.decode(Data(json.utf8))
     }
 }
 

@@ -34,6 +34,42 @@ final class ManifestTests: XCTestCase {
         assertThrows("no manifest.json") { try ModelBundle(folder: FileManager.default.temporaryDirectory.appendingPathComponent(UUID().uuidString)) }
     }
 
+    private func open(_ json: String) throws -> ModelBundle {
+        let folder = FileManager.default.temporaryDirectory.appendingPathComponent(UUID().uuidString)
+        defer { try? FileManager.default.removeItem(at: folder) }
+        let package = folder.appendingPathComponent("model.mlpackage")
+        try FileManager.default.createDirectory(at: package, withIntermediateDirectories: true)
+        try Data(json.utf8).write(to: folder.appendingPathComponent("manifest.json"))
+        try Data("{}".utf8).write(to: package.appendingPathComponent("Manifest.json"))
+        return try ModelBundle(folder: folder)
+    }
+
+    private func layer(_ i: Int, rows: String = Goldens.rows) -> String {
+        #""packed": {"name": "rwkv_state", "shape": [1, 8, 2], "first_layer": \#(i), "rows": \#(rows)}"#
+    }
+
+    func testTheStateMayLieInSeveralParts() throws {
+        XCTAssertNoThrow(try open(Goldens.json()))
+        // the last part has the head alone, and no state
+        let bundle = try open(Goldens.json(parts: [layer(0), layer(1), ""]))
+        XCTAssertEqual(bundle.manifest.graphs[1].packed?.places["1.wkv"], 4..<12)
+        XCTAssertNil(bundle.manifest.graphs[2].packed)
+    }
+
+    func testPartsThatDoNotKeepTheWholeStateAreRefused() {
+        for parts in [[layer(0), ""], [layer(0), layer(0)], [layer(0), layer(1), layer(1)], [""], [layer(0), layer(2)]] {
+            assertThrows("do not keep the state") { try open(Goldens.json(parts: parts)) }
+        }
+        let short = layer(1, rows: #"{"att_x": [0, 2], "wkv": [2, 5], "ffn_x": [6, 8]}"#)
+        assertThrows("do not keep the state") { try open(Goldens.json(parts: [layer(0), short])) }
+        let outside = layer(1, rows: #"{"att_x": [0, 2], "wkv": [2, 6], "ffn_x": [6, 9]}"#)
+        assertThrows("(layers, rows, width)") { try open(Goldens.json(parts: [layer(0), outside])) }
+        assertThrows("update the app") { try open(Goldens.json(state: "folded")) }
+        assertThrows("do not keep the state") { try open(Goldens.json(state: "explicit", parts: [""])) }
+        let huge = Goldens.json().replacingOccurrences(of: "[2, 8, 2]", with: "[16777216, 16777216, 16777216]")
+        assertThrows("sizes that cannot be") { try open(huge) }
+    }
+
     func testChatTemplate() throws {
         let json = #"""
             {"system": "System: {}\n\n", "user": "User: {}\n\n", "assistant": "Assistant:", "turn_end": "\n\n",
@@ -45,6 +81,14 @@ final class ManifestTests: XCTestCase {
         XCTAssertEqual(
             try template.turn("Hi", system: "Be kind.", isFirst: true, thinking: "fast"),
             "System: Be kind.\n\nUser: Hi\n\nAssistant: <think>\n</think")
+        XCTAssertEqual(try template.turn("Hi", system: "", isFirst: true), "User: Hi\n\nAssistant:")
+        // white space and newlines as Python has them
+        for (message, expected) in [
+            ("a\r\n\r\nb\rc", "a\nb\nc"), ("\u{A0}\u{3000}a\t\u{1F}", "a"), ("a\u{2028}b\u{0B}c", "a\u{2028}b\u{0B}c"), ("\u{200B}a", "\u{200B}a"),
+            (" \n\u{85}\n", ""), ("a \u{301}", "a \u{301}"),
+        ] {
+            XCTAssertEqual(Array(try template.turn(message, isFirst: true).utf8), Array("User: \(expected)\n\nAssistant:".utf8))
+        }
         assertThrows("unknown") { try template.turn("Hi", isFirst: true, thinking: "slowly") }
     }
 }

@@ -115,8 +115,11 @@ final class ModelTests: XCTestCase {
     func testGenerating() async throws {
         let (model, golden) = try await open("ane-lut4")
         var whole = ""
-        for try await text in model.generate(prompt: golden.prompt, maxTokens: 24, sampling: .greedy) { whole += text }
+        let all = model.generate(prompt: golden.prompt, maxTokens: 24, sampling: .greedy)
+        for try await text in all { whole += text }
         XCTAssertFalse(whole.isEmpty)
+        let why = await all.finish
+        XCTAssertEqual(why, .length)
 
         // again, up to a stop that lies within: what was said and what is remembered end before it
         let stop = String(whole.dropFirst(whole.count / 2).prefix(4))
@@ -136,8 +139,28 @@ final class ModelTests: XCTestCase {
         }
         XCTAssertEqual(told[0], told[1])
 
-        // who stops listening ends it, and the model is free again
-        for try await _ in model.generate(prompt: golden.prompt, maxTokens: 100_000) { break }
+        // who stops listening ends it, though the text is still there: what was heard is what is remembered
+        try await model.reset()
+        let broken = model.generate(prompt: golden.prompt, maxTokens: 100_000, sampling: .greedy)
+        var heard: [String] = []
+        for try await text in broken {
+            heard.append(text)
+            if heard.count == 3 { break }
+        }
+        let state = try await model.state()
+        XCTAssertEqual(state.nTokens, golden.ids.count + 3)  // here every token is a piece
+        XCTAssertTrue(whole.hasPrefix(heard.joined()))
+        // it can be gone on with until something else is read
+        let fourth = try await broken.next() ?? ""
+        XCTAssertTrue(whole.hasPrefix(heard.joined() + fourth))
+        _ = try await model.feed([1])
+        do {
+            _ = try await broken.next()
+            XCTFail("the text went on in what was read since")
+        } catch {
+            XCTAssertTrue(error.localizedDescription.contains("something else"), error.localizedDescription)
+        }
+        withExtendedLifetime(broken) {}
         try await model.reset()
         do {
             for try await _ in model.generate(prompt: "", maxTokens: 1) {}

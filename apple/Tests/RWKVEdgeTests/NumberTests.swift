@@ -41,6 +41,11 @@ final class NumberTests: XCTestCase {
         XCTAssertEqual(starts, [0, 10, 100, 110])
         XCTAssertNoThrow(try rows.check(115))
         XCTAssertThrowsError(try rows.check(114))
+        func read(_ n: Int) throws -> [Float] {
+            try (0..<n).map { Int32($0) }.withUnsafeBufferPointer { try rows.read($0) { Float($0) } }
+        }
+        XCTAssertEqual(try read(115), [0, 2, 4, 10, 12, 14, 100, 102, 104, 110, 112, 114])
+        XCTAssertThrowsError(try read(114))
     }
 
     func testSHA256() {

@@ -53,6 +53,36 @@ final class SamplingTests: XCTestCase {
         XCTAssertEqual(try Set((0..<500).map { _ in try sampler.choose(far, limit: 4) }), [0, 1, 2])
     }
 
+    func testTheShortListIsThatOfAllLogits() throws {
+        var random = SplitMix64(seed: 5)
+        for spread in [1.0, 10, 100] {
+            let logits = (0..<300).map { _ in Float(spread * random.uniform()) }
+            let order = logits.indices.sorted { logits[$0] > logits[$1] }
+            let top = Double(logits[order[0]])
+            let total = logits.reduce(0) { $0 + exp(Double($1) - top) }
+            let p = order.map { exp(Double(logits[$0]) - top) / total }
+            for sampling in [
+                Sampling(topK: 1), Sampling(topK: 40), Sampling(topK: 1000), Sampling(topP: 0.3), Sampling(topP: 0.999_999), Sampling(minP: 0.05),
+                Sampling(minP: 1e-9), Sampling(topK: 50, topP: 0.9), Sampling(topK: 5, topP: 0.999_999_999, minP: 1e-30),
+            ] {
+                var n = sampling.topK > 0 ? min(sampling.topK, p.count) : p.count
+                if sampling.topP < 1 {
+                    var sum = 0.0
+                    n = min(n, 1 + p.prefix { sum += $0; return sum < sampling.topP }.count)
+                }
+                n = min(n, p.prefix { $0 >= sampling.minP * p[0] }.count)
+                let found = try Sampler(sampling, seed: 1).candidates(logits, top: top)
+                XCTAssertEqual(found.ids, Array(order.prefix(n)), "\(sampling) \(spread)")
+                for (one, other) in zip(found.logP, p) { XCTAssertEqual(one, log(other), accuracy: 1e-6) }
+            }
+        }
+    }
+
+    func testTheTextOfATokenIsOnlyAskedForByPenalties() throws {
+        var sampler = try Sampler(Sampling(), seed: nil)
+        sampler.add(1, text: { XCTFail("it was asked for"); return "" }())
+    }
+
     func testPenalties() throws {
         var sampler = try Sampler(Sampling(temperature: 0, presencePenalty: 0.5, frequencyPenalty: 1), seed: nil)
         XCTAssertEqual(try sampler.choose(logits, limit: 6), 1)

@@ -39,6 +39,24 @@ final class StateTests: XCTestCase {
         XCTAssertEqual(again, state)
     }
 
+    func testOnlyAStateFileIsReplaced() throws {
+        let state = try SavedState(contentsOf: file, manifest: Goldens.manifest())
+        let folder = FileManager.default.temporaryDirectory.appendingPathComponent(UUID().uuidString)
+        try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
+        defer { try? FileManager.default.removeItem(at: folder) }
+        let target = folder.appendingPathComponent("story.state")
+        try state.write(to: target)
+        try state.write(to: target)
+        XCTAssertEqual(try SavedState(contentsOf: target, manifest: Goldens.manifest()), state)
+        let other = folder.appendingPathComponent("weights.safetensors")
+        try Safetensors(tensors: [:], metadata: ["format": "pt"]).encoded().write(to: other)
+        try Data("my notes".utf8).write(to: folder.appendingPathComponent("notes.txt"))
+        for name in ["weights.safetensors", "notes.txt", ""] {
+            assertThrows("no state file") { try state.write(to: folder.appendingPathComponent(name)) }
+        }
+        XCTAssertEqual(try Data(contentsOf: folder.appendingPathComponent("notes.txt")), Data("my notes".utf8))
+    }
+
     func testAnotherModelsStateIsRefused() throws {
         let other = try Goldens.manifest(modelID: String(repeating: "6", count: 64))
         assertThrows("another model") { try SavedState(contentsOf: file, manifest: other) }

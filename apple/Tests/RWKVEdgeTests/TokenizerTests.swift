@@ -52,6 +52,36 @@ final class TokenizerTests: XCTestCase {
             try whole.replacingOccurrences(of: "\"\u{143}\":", with: "\"<none>\":").write(to: file, atomically: true, encoding: .utf8)
             assertThrows("no token for some bytes") { try JSONTokenizer(contentsOf: file) }
         }
+
+        /// What swift-transformers would end the app for.
+        func testTokenizersThatWouldEndTheAppAreRefused() throws {
+            let whole = try JSONSerialization.jsonObject(with: Data(contentsOf: Goldens.demoTokenizer)) as? [String: Any] ?? [:]
+            let file = FileManager.default.temporaryDirectory.appendingPathComponent("\(UUID().uuidString).json")
+            defer { try? FileManager.default.removeItem(at: file) }
+            func open(_ change: (inout [String: Any]) -> Void) throws -> JSONTokenizer {
+                var changed = whole
+                change(&changed)
+                try JSONSerialization.data(withJSONObject: changed).write(to: file)
+                return try JSONTokenizer(contentsOf: file)
+            }
+            func merges(_ more: Any) -> (inout [String: Any]) -> Void {
+                { whole in
+                    var model = whole["model"] as? [String: Any] ?? [:]
+                    model["merges"] = (model["merges"] as? [Any] ?? []) + [more]
+                    whole["model"] = model
+                }
+            }
+            XCTAssertNoThrow(try open { $0["normalizer"] = ["type": "NFC"] })
+            XCTAssertNoThrow(try open { $0["post_processor"] = ["type": "Unheard"] })
+            XCTAssertNoThrow(try open(merges(["t", "h"])))
+            assertThrows("not a byte-level BPE") { try open { $0["normalizer"] = ["type": "Nmt"] } }
+            assertThrows("not a byte-level BPE") {
+                try open { $0["normalizer"] = ["type": "Sequence", "normalizers": [["type": "NFC"], ["type": "Unheard"]]] as [String: Any] }
+            }
+            for wrong: Any in ["lonely", ["a"], ["a", "b", "c"], "Q Q", 3] as [Any] {
+                assertThrows("merges") { try open(merges(wrong)) }
+            }
+        }
     #endif
 
     /// Compare by scalars: `==` of Swift takes different code points for equal where they look the same.

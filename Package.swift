@@ -1,12 +1,14 @@
 // swift-tools-version: 6.0
 import PackageDescription
 
+// At the top of the repository, for only there can an app add a package by the repository's URL. Its sources are in apple/.
+//
 // Elsewhere than on Apple's systems there is no Core ML to run a model, but the rest, which is tokenizers, states, sampling and
 // streaming, builds and is tested there.
 #if canImport(Darwin)
     // only for bundles with a tokenizer.json; the World vocabulary is read by code of our own
     let dependencies: [Package.Dependency] = [
-        .package(url: "https://github.com/huggingface/swift-transformers", .upToNextMinor(from: "1.1.6"))
+        .package(url: "https://github.com/huggingface/swift-transformers", "1.1.6"..<"2.0.0")
     ]
     let products: [Target.Dependency] = [
         .product(name: "Hub", package: "swift-transformers"),
@@ -25,8 +27,8 @@ let package = Package(
     ],
     dependencies: dependencies,
     targets: [
-        .target(name: "RWKVEdge", dependencies: products),
-        .testTarget(name: "RWKVEdgeTests", dependencies: ["RWKVEdge"], exclude: ["Goldens"]),
+        .target(name: "RWKVEdge", dependencies: products, path: "apple/Sources/RWKVEdge"),
+        .testTarget(name: "RWKVEdgeTests", dependencies: ["RWKVEdge"], path: "apple/Tests/RWKVEdgeTests", exclude: ["Goldens"]),
     ],
     // Core ML's own classes are not all marked for strict checking: an actor keeps them to itself instead
     swiftLanguageModes: [.v5]
