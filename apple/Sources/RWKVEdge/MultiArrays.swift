@@ -43,8 +43,8 @@ extension MLMultiArray {
         }
     }
 
-    /// Fill a float16 array with elements in row-major order. What is beyond float16 becomes its largest number, as in Python: a state
-    /// of another runtime may hold it.
+    /// Fill a float16 array with elements in row-major order. What is beyond float16 becomes its largest number: RWKV-4's exponents
+    /// begin there.
     func write(_ values: [Float]) throws {
         guard dataType == .float16, values.count == count else {
             throw RWKVError.model("An array of \(count) elements cannot take \(values.count) in float16.")

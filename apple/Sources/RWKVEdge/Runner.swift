@@ -37,8 +37,6 @@ final class Runner {
     private var parts: [Part] = []
     /// The state that every text begins from.
     private let first: SavedState
-    /// Tensor -> what a graph holds is multiplied by this to give the state.
-    private let factors: [String: Float]
     /// State input -> what to hand to the next call.
     private var explicit: [String: MLFeatureValue] = [:]
     private var lastLogits = Logits.read(nil)
@@ -55,7 +53,6 @@ final class Runner {
         let graphs = bundle.manifest.graphs.sorted { $0.part < $1.part }
         let prefill = graphs.filter { $0.function == "prefill" }
         chunk = prefill[0].nTokens
-        factors = Dictionary(bundle.manifest.state.map { ($0.name, $0.factor) }, uniquingKeysWith: { one, _ in one })
         if let name = bundle.manifest.initialState {
             first = try SavedState(contentsOf: bundle.url(of: name), manifest: bundle.manifest)
         } else {
@@ -178,19 +175,24 @@ final class Runner {
         let saved = saved ?? first
         try saved.check(manifest)
         // as a graph holds it; that every tensor is there, and of its size, ModelBundle and `check` have seen
-        func held(_ name: String) -> [Float] {
-            let (values, factor) = (saved.tensors[name]?.values ?? [], factors[name] ?? 1)
-            return factor == 1 ? values : values.map { $0 / factor }
+        var held: [String: [Float]] = [:]
+        for tensor in manifest.state {
+            let values = (saved.tensors[tensor.name]?.values ?? []).map { $0 / tensor.factor }
+            // RWKV-4's exponent of nothing read, -1e30, becomes the smallest number, which does as well
+            guard tensor.name.hasSuffix(".pp") || values.allSatisfy({ abs($0) <= 65504 }) else {
+                throw RWKVError.state("\(tensor.name) of the state holds numbers that float16 does not: go on with it in another runtime.")
+            }
+            held[tensor.name] = values
         }
         var explicit: [String: MLFeatureValue] = [:]
         for part in parts {
             if let about = part.packed?.about {
                 var whole = [Float](repeating: 0, count: about.shape.reduce(1, *))
-                for (name, range) in about.places { whole.replaceSubrange(range, with: held(name)) }
+                for (name, range) in about.places { whole.replaceSubrange(range, with: held[name] ?? []) }
                 try write(whole, part)
             }
             for input in part.graphs.decode.inputs where input.name.hasPrefix("state_") {
-                let elements = held(Manifest.Graph.tensor(of: input.name))
+                let elements = held[Manifest.Graph.tensor(of: input.name)] ?? []
                 explicit[input.name] = MLFeatureValue(multiArray: try MLMultiArray.halves(elements, shape: input.shape))
             }
         }
