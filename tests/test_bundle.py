@@ -284,7 +284,7 @@ def test_float16_cannot_hold_everything(tmp_path):
     w = factory.weights(**factory.SHAPES["odd"])
     w["head.weight"][3, 5] = 1e5
     pth = factory.write_pth(tmp_path / "m.pth", w, "fp32")
-    with pytest.raises(QuantizeError, match=r"head\.weight holds 100000, beyond float16: use --override 'head\.weight=32'"):
+    with pytest.raises(QuantizeError, match=r"head\.weight: 100000 is beyond float16: use --override 'head\.weight=32'"):
         export(pth, tmp_path / "out", quant="fp16")
     assert [p.name for p in tmp_path.iterdir()] == ["m.pth"]
 
@@ -293,7 +293,7 @@ def test_float16_is_not_taken_for_weights_it_loses(tmp_path):
     w = factory.weights(**factory.SHAPES["odd"])
     w["blocks.0.att.key.weight"] *= 1e-7
     pth = factory.write_pth(tmp_path / "m.pth", w, "fp32")
-    with pytest.raises(QuantizeError, match=r"blocks\.0\.att\.key\.weight is too small for float16"):
+    with pytest.raises(QuantizeError, match=r"blocks\.0\.att\.key\.weight: the numbers are too small for float16"):
         export(pth, tmp_path / "out", quant="fp16")
     export(pth, tmp_path / "out", quant="fp16", overrides=["blocks.0.att.key.weight=32"])
 
