@@ -33,6 +33,7 @@ from .checkpoints.safetensors import header
 from .errors import ExportError, InputError, OutputError, QuantizeError
 from .exporters import coreml, onnx
 from .files import CODES, Record, Stored, new_directory, new_file
+from .forecast import bits_per_weight
 from .qtensor import Array, Plan, QTensor, Recipe
 from .quantize import COREML_DEFAULTS, COREML_QUANTS, coreml_plan, kmeans, mean_squares, rtn, with_half_scales
 from .quantize import plan as make_plan
@@ -143,7 +144,7 @@ def quantize(
         about["sha256"] = hashed.sha256.hexdigest()
         f.seek(0)
         f.write(head())  # of the same length: only the ids are known later
-    return Written(output, output.stat().st_size, _bits_per_weight(source, plan), model_id, source.notes)
+    return Written(output, output.stat().st_size, bits_per_weight(source.spec, plan), model_id, source.notes)
 
 
 def export(
@@ -264,7 +265,7 @@ def export(
         notes.append(f"{missing}: the bundle takes and gives token ids")
     if ids and len(ids) < CALIBRATION // 8:
         notes.append(f"calibrated on {len(ids)} tokens, which are few: up to {CALIBRATION} are read")
-    return Written(output, nbytes, _bits_per_weight(source, plan), model_id, tuple(notes))
+    return Written(output, nbytes, bits_per_weight(source.spec, plan), model_id, tuple(notes))
 
 
 def _part(progress: Progress | None, i: int, n: int) -> Progress | None:
@@ -391,11 +392,6 @@ def _calibration(plan: Plan, texts: Sequence[str], file: Path | None, about: Map
     if not ids:
         raise InputError("the text to calibrate on is empty")
     return ids[:CALIBRATION]
-
-
-def _bits_per_weight(source: Checkpoint, plan: Plan) -> float:
-    nbytes = sum(plan[name].nbytes(w.shape) for name, w in source.spec.weights.items())
-    return 8 * nbytes / source.spec.n_parameters
 
 
 def _tokenizer(source: Checkpoint, given: str | Path | None) -> tuple[Path | None, dict[str, Any]]:

@@ -101,9 +101,8 @@ def forecast(
         n: 1 / (sum(_held(r, s) / EFFICIENCY[r.bits] for r, s in weights) / rate + NODE_S * len(step.g.nodes))
         for n, rate in bandwidth.items()
     }
-    stored = sum(plan[name].nbytes(w.shape) for name, w in spec.weights.items())
     fits = None if memory is None else peak <= memory
-    return Forecast(recipe, nbytes, 8 * stored / spec.n_parameters, peak, anonymous, read, tok_s, fits)
+    return Forecast(recipe, nbytes, bits_per_weight(spec, plan), peak, anonymous, read, tok_s, fits)
 
 
 @dataclass(frozen=True)
@@ -156,11 +155,16 @@ def coreml_forecast(
         recipe,
         profile,
         sum(parts) + records + graph_bytes + tables + manifest + tokenizer_bytes,
-        8 * sum(plan[name].nbytes(w.shape) for name, w in spec.weights.items()) / spec.n_parameters,
+        bits_per_weight(spec, plan),
         len(parts),
         max(parts),
         spec.state_bytes // 2,
     )
+
+
+def bits_per_weight(spec: Spec, plan: Plan) -> float:
+    """Of the weights by this plan, scales and tables included."""
+    return 8 * sum(plan[name].nbytes(w.shape) for name, w in spec.weights.items()) / spec.n_parameters
 
 
 def _held(recipe: Recipe, shape: Shape) -> int:

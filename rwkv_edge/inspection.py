@@ -97,17 +97,15 @@ def inspect(
         raise InputError("--profile is for Core ML: add --target coreml")
     if target == "coreml" and memory is not None:
         raise InputError("--fits is for onnxruntime: what Core ML takes of memory cannot be told from here")
-    asked = bool(quant or block or overrides)
-    if (Path(path) / MANIFEST).exists():
-        if asked or target != "onnx":
-            raise QuantizeError(f"{path} is stored as it is: --target, --quant, --block and --override are for checkpoints")
+    asked, is_bundle = bool(quant or block or overrides), (Path(path) / MANIFEST).exists()
+    checkpoint = None if is_bundle else open_checkpoint(path)
+    if (checkpoint is None or checkpoint.quantized) and (asked or target != "onnx"):
+        raise QuantizeError(f"{path} is stored as it is: --target, --quant, --block and --override are for checkpoints")
+    if checkpoint is None:
         return _bundle(path, memory)
-    checkpoint = open_checkpoint(path)
     spec, file = checkpoint.spec, tokenizer_beside(checkpoint.path, checkpoint.spec.n_vocab)
     tokenizer_bytes = file.stat().st_size if file else 0
     if checkpoint.quantized:
-        if asked or target != "onnx":
-            raise QuantizeError(f"{path} is stored as it is: --target, --quant, --block and --override are for checkpoints")
         plans = {"as stored": {name: t.recipe for name, t in checkpoint.tensors.items()}}
         found = _found("quantized checkpoint", "stored as", spec, plans["as stored"])
     elif target == "coreml":

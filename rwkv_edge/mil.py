@@ -10,6 +10,7 @@ Source  coremltools 9.0, proto/MIL.proto; MILBlob's StorageFormat.hpp; the opera
 import contextlib
 import functools
 import importlib.util
+import itertools
 import logging
 import struct
 import sys
@@ -364,8 +365,9 @@ class Interpreter:
                 taken[param] = names if param == "values" else names[0]
                 last |= dict.fromkeys(names, n)
             inputs.append(taken)
+        known = self.types | self.inputs | ({self.state_name: self.state} if self.state else {})
         for op, taken in zip(block.operations, inputs, strict=True):
-            self._same_dtypes(op, taken)
+            self._same_dtypes(op, taken, known)
         last |= dict.fromkeys(block.outputs, len(block.operations))
         ends: dict[int, list[str]] = {}
         for name, n in last.items():
@@ -382,14 +384,14 @@ class Interpreter:
             for n, op in enumerate(block.operations)
         ]
 
-    def _same_dtypes(self, op: Any, taken: Mapping[str, str | list[str]]) -> None:
+    def _same_dtypes(
+        self, op: Any, taken: Mapping[str, str | list[str]], known: Mapping[str, tuple[str, tuple[int, ...]]]
+    ) -> None:
         """Hold the types of an operation's results against those of the numbers that it takes."""
-        if op.type == "const" or op.type in _CONSTEXPR:
+        if op.type in ("const", "cast") or op.type in _CONSTEXPR:
             return
-        known = self.types | self.inputs | ({self.state_name: self.state} if self.state else {})
-        names = [n for param in _NUMBERS & taken.keys() for n in (taken[param] if param == "values" else [taken[param]])]
-        if op.type == "cast":
-            names = []
+        taken_names = [[x] if isinstance(x, str) else x for param, x in taken.items() if param in _NUMBERS]
+        names = itertools.chain.from_iterable(taken_names)
         found = {known[n][0] for n in names if n in known} | {self.types[o.name][0] for o in op.outputs}
         if len(found) > 1:
             raise BundleError(f"{self.package.path}: {op.type} declares {' and '.join(sorted(found))} for one result")

@@ -212,16 +212,22 @@ def weights_fault(change):
     return plant
 
 
-def graph_fault(change, role="decode"):
-    """Change the protobuf's operations of one function."""
+def message_fault(change):
+    """Change the protobuf."""
 
     def plant(path):
         package = mil.Package(path / "model.mlpackage")
-        function = package.model.mlProgram.functions[role]
-        change(function.block_specializations["CoreML8"].operations, package.model)
+        change(package.model)
         (path / "model.mlpackage" / mil.MODEL).write_bytes(package.model.SerializeToString(deterministic=True))
 
     return plant
+
+
+def graph_fault(change, role="decode"):
+    """Change the protobuf's operations of one function."""
+    return message_fault(
+        lambda model: change(model.mlProgram.functions[role].block_specializations["CoreML8"].operations, model)
+    )
 
 
 def first(operations, type_, n=0):
@@ -357,17 +363,6 @@ def test_a_planted_fault_is_seen(fault, bundle, tmp_path):
         return
     assert not report.ok
     assert {row.arithmetic for row in report.rows if not row.ok} >= {"exact"}
-
-
-def message_fault(change):
-    """Change the protobuf outside of the operations."""
-
-    def plant(path):
-        package = mil.Package(path / "model.mlpackage")
-        change(package.model)
-        (path / "model.mlpackage" / mil.MODEL).write_bytes(package.model.SerializeToString(deterministic=True))
-
-    return plant
 
 
 def manifest_fault(change):
