@@ -71,6 +71,17 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_golden(file: Path) -> dict[str, Any]:
+    """Read what make_goldens.py made of a model."""
+    try:
+        golden: dict[str, Any] = json.loads(file.read_bytes())
+        if not (golden["ids"] and golden["steps"] and golden["model_id"] and golden["deviation"] > 0):
+            raise ValueError("it is empty")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise MacError(f"{file} is no golden file of a model: {e!r}") from e
+    return golden
+
+
 def parts_of(manifest: dict[str, Any]) -> list[Part]:
     """The packages in the order in which they are run."""
     parts: dict[int, Part] = {}
@@ -358,7 +369,6 @@ def report(
                 load_s = time.perf_counter() - start
                 logits[unit] = trajectory(loop, prompt, then)
                 one: dict[str, Any] = {"load_s": load_s, **speed(loop)}
-                one["placement"] = {c["package"]: placement(c["compiled"], unit) for c in found["compiled"] if c["ok"]}
             except MacError:
                 raise
             except Exception as e:  # coremltools raises Exception itself, and Core ML's errors come as RuntimeError
@@ -369,6 +379,10 @@ def report(
             if golden:
                 one["golden"] = compare_golden(logits[unit], golden)
             found["units"][unit] = one
+            try:  # told last: what was compared stands without it
+                one["placement"] = {c["package"]: placement(c["compiled"], unit) for c in found["compiled"] if c["ok"]}
+            except Exception as e:
+                one |= {"placement": {}, "placement_error": str(e)}
             say_unit(unit, one, say)
     return found
 
@@ -395,6 +409,8 @@ def say_unit(unit: str, one: dict[str, Any], say: Callable[[str], None]) -> None
     for other, c in [*one["against"].items(), *([("the golden file", one["golden"])] if "golden" in one else [])]:
         divergence = f", KL {c['kl']:.2g}" if "kl" in c else ""
         say(f"  against {other}: {c['max_difference']:.4f} deviations{divergence}, same top choice {c['same_top_choice']:.0%}")
+    if "placement_error" in one:
+        say(f"  where operations run, Core ML does not say: {one['placement_error']}")
     for package, functions in one["placement"].items():
         for function, devices in functions.items():
             for device, ops in devices.items():
@@ -411,23 +427,33 @@ def verdict(found: dict[str, Any], tolerance: float) -> int:
     return 3 if worst(comparisons) > tolerance else 0
 
 
+def tolerance(text: str) -> float:
+    """A number from 0 on, and no NaN, beside which every difference would pass."""
+    if not float(text) >= 0:
+        raise ValueError
+    return float(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--golden", type=Path, help="what make_goldens.py made for this bundle")
     parser.add_argument("--units", nargs="+", choices=UNITS, help="default: CPU_ONLY, ALL and the profile's own")
-    parser.add_argument("--tolerance", type=float, default=0.05, help="of the logits' deviation (default: 0.05)")
+    parser.add_argument("--tolerance", type=tolerance, default=0.05, help="of the logits' deviation (default: 0.05)")
     parser.add_argument("--json", type=Path, help="write the report here as well")
     args = parser.parse_args(arguments)
     try:
         refuse_elsewhere(platform.system(), platform.mac_ver()[0])
-        golden = json.loads(args.golden.read_bytes()) if args.golden else None
+        golden = read_golden(args.golden) if args.golden else None
+        if args.json:
+            with args.json.open("a"):  # before the work, of minutes
+                pass
         found = report(args.bundle, golden, args.units, lambda line: print(line, flush=True))
-    except MacError as e:
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
+    except (MacError, OSError) as e:
         print(f"on_a_mac.py: {e}", file=sys.stderr)
         return 1
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
     status = verdict(found, args.tolerance)
     print({0: "fine", 1: "something did not compile or run", 3: "numbers differ by more than the tolerance"}[status])
     return status

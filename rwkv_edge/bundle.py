@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from . import mil
 from .errors import BundleError, CheckpointError
 from .files import CODES, Pieces, Record, Stored
 from .qtensor import BLOCKS
@@ -235,11 +236,11 @@ def _conform(x: Any, form: Any, where: str) -> None:
             for i, value in enumerate(x):
                 _conform(value, inner, f"{where}[{i}]")
         case tuple():
-            *some, last = form
+            *some, closest = sorted(form, key=lambda one: _likeness(x, one))
             for one in some:
                 with contextlib.suppress(ValueError):
                     return _conform(x, one, where)
-            _conform(x, last, where)
+            _conform(x, closest, where)
         case _Real() if isinstance(x, (int, float)) and not isinstance(x, bool) and form.low <= x <= form.high:
             pass
         case re.Pattern() if isinstance(x, str) and form.fullmatch(x):
@@ -256,6 +257,13 @@ def _conform(x: Any, form: Any, where: str) -> None:
         case _:
             raise ValueError(f"{where} is {str(x)[:60]!r}")
     return None
+
+
+def _likeness(x: Any, form: Any) -> float:
+    """How much a value looks like one of its forms, for an error that speaks of the one that was meant."""
+    if isinstance(x, dict) and isinstance(form, dict):
+        return -len(form.keys() ^ x.keys())
+    return 0 if isinstance(x, list) and isinstance(form, list) else -math.inf
 
 
 def why_not_replace(path: Path) -> str | None:
@@ -285,7 +293,9 @@ def _parse(path: Path, manifest: dict[str, Any]) -> Bundle:
             raise BundleError(f"{file} is missing: export or copy the bundle again")
         if file.stat().st_size != about["bytes"]:
             raise BundleError(f"{file} has {file.stat().st_size} bytes, expected {about['bytes']}: copy the bundle again")
-    used = [f"{g['file']}/Manifest.json" if g["target"] == "coreml" else g["file"] for g in manifest["graphs"]]
+    used = []
+    for g in manifest["graphs"]:
+        used += [f"{g['file']}/{x}" for x in ("Manifest.json", mil.MODEL)] if g["target"] == "coreml" else [g["file"]]
     used += [t["file"] for one in manifest["tensors"].values() for t in (one if isinstance(one, list) else [one])]
     used += [manifest["tokenizer"]["file"]] if manifest["tokenizer"] else []
     used += [manifest["initial_state"]] if manifest["initial_state"] is not None else []
@@ -315,6 +325,8 @@ def _parse(path: Path, manifest: dict[str, Any]) -> Bundle:
 def _validate(bundle: Bundle) -> None:
     """Check that sizes, state and graphs fit each other: what the runtime allocates follows from them."""
     spec, manifest, where = bundle.spec, bundle.manifest, bundle.path / MANIFEST
+    if not manifest["graphs"]:
+        raise BundleError(f"{where} is damaged: it has no graphs")
     if (
         "emb.weight" not in bundle.tensors
         or bundle.tensors["emb.weight"].shape != (spec.n_vocab, spec.n_embd)

@@ -177,7 +177,7 @@ def check(
         if found != b.model_id:
             raise CheckpointError(f"{against} is another model ({found[:12]}) than {bundle} was made from ({b.model_id[:12]})")
         step()
-    model = Model(b, interpret="native") if coreml else Model(b, threads=threads)
+    model = Model(b, threads=threads, interpret="native" if coreml else None)
     ids, first = _sample(model, n_tokens), model.first.tensors if model.first else None
     options: dict[str, Any] = {}
     if coreml:

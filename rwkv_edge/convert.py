@@ -161,7 +161,7 @@ def export(
     profile: str | None = None,
     coreml_state: str | None = None,
     part_bytes: int | None = None,
-    calibrate: Sequence[str] | None = None,
+    calibrate: str | Sequence[str] | None = None,
     tokenizer: str | Path | None = None,
     template: str | None = None,
     force: bool = False,
@@ -178,8 +178,8 @@ def export(
     profile    with coreml, the unit it is laid out for: "ane", the Neural Engine (None), or "gpu"
     coreml_state   with coreml, "explicit" (tensors in and out; None), or "packed", one tensor that Core ML keeps
     part_bytes     with coreml, split into packages of about so many; None is what the unit takes, 1 GiB with ane
-    calibrate      with lut4 and lut6, texts that the model reads first (8192 tokens at most): the larger an input is on
-                   average, the more its weights count when tables are made. It needs a tokenizer
+    calibrate      with lut4 and lut6, a text or several that the model reads first (8192 tokens at most): the larger an
+                   input is on average, the more its weights count when tables are made. It needs a tokenizer
     tokenizer  a tokenizer.json, a World vocabulary (.txt), or "none"; without it, the tokenizer.json beside the checkpoint, or
                what a Hugging Face folder has; without that, the World vocabulary for a model of its size, or else none
     template   how the model was taught to chat: "rwkv" (User: and Assistant:), or "none"; without it, rwkv with World
@@ -206,6 +206,9 @@ def export(
     if ids:
         plan = {name: replace(r, method="weighted kmeans") if r.rows else r for name, r in plan.items()}
     if target == "coreml":
+        beyond = [name for name, x in (first or {}).items() if np.abs(x).max() > np.finfo(np.float16).max]
+        if beyond:
+            raise ExportError(f"{initial_state}: {beyond[0]} is beyond float16, in which Core ML keeps states")
         made = _coreml_graphs(source, plan, profile or "ane", coreml_state or "explicit", part_bytes)
     else:
         made = _onnx_graphs(source, plan, wkv or "attention")
@@ -381,8 +384,9 @@ def _plan(source: Checkpoint, quant: str | None, block: int | None, overrides: S
     return {name: Recipe(t.bits, t.block, t.method) for name, t in source.tensors.items()}
 
 
-def _calibration(plan: Plan, texts: Sequence[str], file: Path | None, about: Mapping[str, Any]) -> list[int]:
+def _calibration(plan: Plan, given: str | Sequence[str], file: Path | None, about: Mapping[str, Any]) -> list[int]:
     """The tokens of a calibration, every text after an end of text."""
+    texts = [given] if isinstance(given, str) else given
     if not any(r.rows for r in plan.values()):
         raise ExportError("calibrate is for tables: give quant lut4 or lut6, with target coreml")
     if file is None:

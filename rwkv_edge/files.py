@@ -351,6 +351,8 @@ def refuse_file(path: Path, *, force: bool) -> None:
 @contextlib.contextmanager
 def _new(path: Path, refuse: Callable[[Path], None]) -> Iterator[Path]:
     path = Path(os.path.realpath(path))  # through symbolic links: what they point to is replaced, not they
+    if not path.name:
+        raise OutputError(f"{path} cannot be replaced: choose another output")
     temporary, aside = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
         refuse(path)
@@ -368,19 +370,20 @@ def _new(path: Path, refuse: Callable[[Path], None]) -> Iterator[Path]:
             except BaseException:
                 aside.rename(path)
                 raise
-            shutil.rmtree(aside, ignore_errors=True)
         else:
             os.replace(temporary, path)
     except OSError as e:
         raise OutputError(f"cannot write {path}: {e.strerror or e}") from e
     finally:
+        left = [temporary, *([aside] if path.exists() else [])]
         try:
-            _remove(temporary)
+            _remove(*left)
         except BaseException:  # a second interrupt: finish what the first one began
-            _remove(temporary)
+            _remove(*left)
             raise
 
 
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -205,6 +205,25 @@ def test_elsewhere_the_mac_script_stops_with_one_line(capsys, monkeypatch):
     mac.refuse_elsewhere("Darwin", "15.0")
 
 
+def test_what_the_mac_script_is_given_is_read_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(mac.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(mac.platform, "mac_ver", lambda: ("15.1", (), ""))
+    monkeypatch.setattr(mac, "report", lambda *given: pytest.fail("it began"))
+    file = tmp_path / "file.json"
+    for content in (None, "[", "[]", "{}", '{"ids": [1], "steps": [], "model_id": "x", "deviation": 1}'):
+        if content is not None:
+            file.write_text(content)
+        assert mac.main(["bundle", "--golden", str(file)]) == 1
+        assert f"on_a_mac.py: {file} is no golden file of a model: " in (err := capsys.readouterr().err)
+        assert err.count("\n") == 1
+    assert mac.main(["bundle", "--json", str(tmp_path / "none" / "x.json")]) == 1
+    assert "No such file" in capsys.readouterr().err
+    for bad in ("nan", "-1", "x"):
+        with pytest.raises(SystemExit):
+            mac.main(["bundle", "--tolerance", bad])
+        assert f"invalid tolerance value: '{bad}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -290,6 +309,11 @@ def test_the_report_and_its_verdict(tmp_path, monkeypatch):
     found = mac.report(tmp_path, None, ["CPU_ONLY", "CPU_AND_NE"], said.append)
     assert "CPU_AND_NE: FAILED: no such engine" in said
     assert mac.verdict(found, 0.05) == 1
+    monkeypatch.setattr(mac, "placement", lambda compiled, units: {}["no plan"])
+    found = mac.report(tmp_path, None, ["CPU_ONLY", "ALL"], said.append)
+    assert said[-1] == "  where operations run, Core ML does not say: 'no plan'"
+    assert found["units"]["ALL"]["against"]["CPU_ONLY"]["max_difference"] == 0
+    assert mac.verdict(found, 0.05) == 0
     for profile, own in (("ane", "CPU_AND_NE"), ("gpu", "CPU_AND_GPU")):
         for graph in manifest["graphs"]:
             graph["profile"] = profile

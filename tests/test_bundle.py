@@ -91,7 +91,8 @@ def test_a_flipped_byte_anywhere_is_found(copy):
         (lambda m: m["tensors"]["head.weight"].update(shape=[61, -64]), "is damaged"),
         (lambda m: m["tensors"]["ln_out.weight"].update(block=32), "ln_out.weight of shape (64,) is in blocks"),
         (lambda m: m["tensors"]["head.weight"].update(scales=None), "which takes a matrix and scales"),
-        (lambda m: m.update(graphs=[]), "has no graph for 'run'"),
+        (lambda m: m.update(graphs=[]), "is damaged: it has no graphs"),
+        (lambda m: m["graphs"][0].update(T="x"), "manifest.graphs[0].T is 'x'"),
     ],
 )
 def test_manifests_that_lie_are_refused(change, message, copy):
@@ -221,6 +222,29 @@ def test_the_old_bundle_comes_back_if_the_exchange_fails(error, tmp_path, random
         export(random_pth("odd"), out, quant="int8", force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (out / "manifest.json").read_bytes() == before
+
+
+def test_nothing_of_the_old_bundle_is_left_by_an_interrupt(tmp_path, random_pth, monkeypatch):
+    out = tmp_path / "out"
+    export(random_pth("odd"), out)
+    rmtree = shutil.rmtree
+
+    def interrupted(path, *args, **options):
+        if path.name.endswith(".old"):
+            monkeypatch.setattr(shutil, "rmtree", rmtree)
+            raise KeyboardInterrupt
+        return rmtree(path, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(random_pth("odd"), out, quant="int8", force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert read_bundle(out).manifest["tensors"]["head.weight"]["bits"] == 8
+
+
+def test_the_root_is_no_output(random_pth):
+    with pytest.raises(OutputError, match="/ cannot be replaced: choose another output"):
+        export(random_pth("odd"), "/", force=True)
 
 
 def test_a_link_to_a_bundle_stays_a_link(tmp_path, random_pth):

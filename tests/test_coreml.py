@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from conftest import DEMO
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from test_bundle import SCHEMA
 
 from rwkv_edge import mil
@@ -25,7 +26,7 @@ from rwkv_edge.bundle import MANIFEST, dump_manifest, read_bundle, sha256_of
 from rwkv_edge.check import COREML_EXACT, check
 from rwkv_edge.checkpoints import open_checkpoint
 from rwkv_edge.cli import cli
-from rwkv_edge.convert import export
+from rwkv_edge.convert import _calibration, export
 from rwkv_edge.errors import BackendError, BundleError, CheckFailed, ExportError, InputError, QuantizeError, StateError
 from rwkv_edge.evaluate import documents
 from rwkv_edge.exporters import coreml
@@ -648,6 +649,12 @@ def test_tables_are_made_for_what_flows_into_them(tmp_path, bundle):
     assert b.model_id == read_bundle(bundle("demo", **options)).model_id
 
 
+def test_a_text_to_calibrate_on_is_one_text(weights):
+    plan = coreml_plan(weights("odd")[0], "lut4", "ane")
+    given = (DEMO.with_name("tokenizer.json"), {"end_of_text": 0})
+    assert _calibration(plan, "Once upon a time", *given) == _calibration(plan, ["Once upon a time"], *given)
+
+
 def test_calibrations_that_cannot_be_are_refused(tmp_path, random_pth):
     text, output = str(DEMO.with_name("stories.txt")), str(tmp_path / "x")
     result = CliRunner().invoke(cli, ["export", str(DEMO), "--quant", "int4", "--calibrate", text, "-o", output])
@@ -915,6 +922,44 @@ def test_the_plan_by_kind(weights):
     assert coreml_plan(spec, "lut4", "ane", overrides=("head.*=16",))["head.weight"] == Recipe(16)
     lut = Lut(np.zeros((4, 8), np.uint8), np.zeros((2, 16), np.float32), 4, 2)
     assert lut.nbytes == Recipe(4, None, "kmeans", rows=2).nbytes((4, 8))
+
+
+def test_threads_are_onnxruntime_s(bundle):
+    path = bundle("odd", target="coreml", quant="fp16")
+    with pytest.raises(InputError, match="takes no number of threads: that is onnxruntime's"):
+        open_bundle(path, threads=1, interpret="native")
+    with pytest.raises(InputError, match="takes no number of threads"):
+        check(path, threads=1)
+
+
+def test_an_initial_state_beyond_float16_is_refused(tmp_path, random_pth):
+    source = random_pth("odd")
+    spec = open_checkpoint(source).spec
+    shape = (spec.n_head, spec.head_size, spec.head_size)
+    given = {f"blocks.{i}.att.time_state": np.full(shape, 7e4, np.float32) for i in range(spec.n_layer)}
+    save_file(given, tmp_path / "tuned.safetensors")
+    with pytest.raises(ExportError, match=r"0\.wkv is beyond float16, in which Core ML keeps states"):
+        export(source, tmp_path / "x", target="coreml", quant="fp16", initial_state=tmp_path / "tuned.safetensors")
+    export(source, tmp_path / "x", quant="fp16", initial_state=tmp_path / "tuned.safetensors")
+
+
+def test_a_damaged_manifest_is_told_as_what_it_is(bundle, tmp_path):
+    path = tmp_path / "b"
+    shutil.copytree(bundle("odd", target="coreml", quant="fp16"), path)
+    manifest_fault(lambda m: m["graphs"][0].update(T="x"))(path)
+    with pytest.raises(BundleError, match=r"manifest.graphs\[0\].T is 'x'"):
+        read_bundle(path)
+
+
+def test_every_file_of_a_package_has_its_sha256(bundle, tmp_path):
+    path = tmp_path / "b"
+    shutil.copytree(bundle("odd", target="coreml", quant="fp16"), path)
+    for file in ("Manifest.json", mil.MODEL, mil.WEIGHTS):
+        before = (path / MANIFEST).read_bytes()
+        manifest_fault(lambda m, file=file: m["files"].pop(f"model.mlpackage/{file}"))(path)
+        with pytest.raises(BundleError, match=f"uses 'model.mlpackage/{file}' but does not list it"):
+            read_bundle(path)
+        (path / MANIFEST).write_bytes(before)
 
 
 @pytest.mark.parametrize("keep", [0, 100, 5000])

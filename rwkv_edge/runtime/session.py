@@ -34,7 +34,7 @@ def open_bundle(
 ) -> "Model":
     """Open a bundle to run it.
 
-    threads  for the matrix products; None takes every core
+    threads  for onnxruntime's matrix products; None takes every core
     spin     let idle threads wait busily between products: faster, but it takes time from other programs
     verify   compare every file's sha256 with the manifest (1.7 GB a second); leave out for your own installation
     role     which of the bundle's graphs: "run", or "exact" where it has one
@@ -79,6 +79,8 @@ class Model:
         self._lock = threading.Lock()
         self._parts: dict[str, list[coreml.Part]] | None = None
         if bundle.target == "coreml":
+            if threads is not None:
+                raise InputError(f"{bundle.path} is a Core ML bundle, which takes no number of threads: that is onnxruntime's")
             self._parts = coreml.open_parts(bundle, interpret)
         elif interpret is not None:
             raise InputError(f"{bundle.path} is no Core ML bundle: onnxruntime runs it, and nothing is interpreted")
