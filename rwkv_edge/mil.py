@@ -282,6 +282,7 @@ _NUMBERS = {
     "input",
     "data",
 }  # what an operation computes with
+_NORMAL = 2.0**-14  # the smallest normal number of float16
 _KEPT = 1 << 31  # bytes of weights that an interpreter keeps made ready; beyond that it makes them anew in every call
 
 
@@ -309,6 +310,7 @@ class Interpreter:
 
     arithmetic  "exact"   everything in float64: what the file says
                 "native"  every result rounded to the type that the file declares; sums inside an operation in float32
+                "flushed" the same, and what is subnormal in float16, weights and constants too, is 0: some units do so
     inputs, outputs  name -> (dtype, shape), as the model's description has them
     state       (dtype, shape) of the tensor that Core ML keeps, or None
     state_name  its name
@@ -319,9 +321,9 @@ class Interpreter:
     """
 
     def __init__(self, package: Package, function: str, arithmetic: str = "native") -> None:
-        if arithmetic not in ("exact", "native"):
-            raise BackendError(f"arithmetic {arithmetic!r} is unknown: expected exact or native")
-        self.package, self.exact = package, arithmetic == "exact"
+        if arithmetic not in ("exact", "native", "flushed"):
+            raise BackendError(f"arithmetic {arithmetic!r} is unknown: expected exact, native or flushed")
+        self.package, self.exact, self.flushed = package, arithmetic == "exact", arithmetic == "flushed"
         functions = package.model.mlProgram.functions
         if function not in functions:
             raise BundleError(f"{package.path} has no function {function!r}, only {', '.join(sorted(functions))}")
@@ -436,7 +438,8 @@ class Interpreter:
             return x
         if self.exact:
             return np.asarray(x, np.float64)
-        return np.asarray(x, np.float16 if dtype == "fp16" else np.float32).astype(np.float32, copy=False)
+        x = np.asarray(x, np.float16 if dtype == "fp16" else np.float32).astype(np.float32, copy=False)
+        return np.where(np.abs(x) < _NORMAL, np.float32(0), x) if self.flushed and dtype == "fp16" else x
 
     def _run(self, step: _Step, env: dict[str, Any]) -> None:
         try:

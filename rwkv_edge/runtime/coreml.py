@@ -92,7 +92,7 @@ Part = tuple[Mapping[str, Any], Interpreted | Predicted]  # what the manifest sa
 def open_parts(bundle: Bundle, interpret: str | None) -> dict[str, list[Part]]:
     """The functions of a bundle's packages by role, in the order in which they are run.
 
-    interpret  "native" or "exact": the interpreter's arithmetic; None is Core ML
+    interpret  "native", "flushed" or "exact": the interpreter's arithmetic; None is Core ML
 
     Raises  BackendError where there is no Core ML.
     """

@@ -40,7 +40,8 @@ def open_bundle(
     role     which of the bundle's graphs: "run", or "exact" where it has one
 
     interpret  of a Core ML bundle: compute its packages in numpy, slowly, anywhere; "native" rounds to float16 as they
-               say, "exact" computes in float64. None: Core ML itself, on macOS
+               say, "flushed" also takes its subnormal numbers for 0, "exact" computes in float64. None: Core ML itself,
+               on macOS
 
     Raises  BundleError if the bundle is damaged, BackendError if onnxruntime or Core ML cannot run it.
     """
