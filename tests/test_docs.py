@@ -123,7 +123,8 @@ def test_the_benchmarks_of_core_ml_run(tmp_path):
         "24",
     ]
     coreml = [ROOT / "benchmarks" / "coreml.py", "--tokens", "18", "--quants", "fp16"]
-    for args, rows in ((lut, 15), (coreml, 8)):
+    beside = [*coreml[:1], "--beside-onnx", tmp_path / "text", "--tokens", "3"]
+    for args, rows in ((lut, 15), (coreml, 8), (beside, 4)):
         done = subprocess.run([sys.executable, *args], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert len(done.stdout.split("|---|\n")[1].splitlines()) == rows
