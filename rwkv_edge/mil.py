@@ -12,10 +12,12 @@ import functools
 import importlib.util
 import itertools
 import logging
+import math
+import os
 import struct
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,11 +224,10 @@ def _dense(indices: Array, lut: Array) -> Array:
     n_out, tables = indices.shape[0], lut.reshape(lut.shape[0], -1)
     if lut.shape[1:-2] != (1,) * (indices.ndim - 1) or lut.shape[-1] != 1 or n_out % len(tables):
         raise BundleError(f"tables of {lut.shape} do not fit indices of {indices.shape}")
-    out = np.empty(indices.shape, lut.dtype)
-    rows = n_out // len(tables)
+    codes, out = indices.reshape(len(tables), -1), np.empty((len(tables), indices.size // len(tables)), lut.dtype)
     for i, table in enumerate(tables):
-        out[i * rows : (i + 1) * rows] = table[indices[i * rows : (i + 1) * rows]]
-    return out
+        np.take(table, codes[i], out=out[i], mode="clip")  # no code is beyond its table
+    return out.reshape(indices.shape)
 
 
 def _scaled(data: Array, scale: Array) -> Array:
@@ -283,7 +284,18 @@ _NUMBERS = {
     "data",
 }  # what an operation computes with
 _NORMAL = 2.0**-14  # the smallest normal number of float16
-_KEPT = 1 << 31  # bytes of weights that an interpreter keeps made ready; beyond that it makes them anew in every call
+
+
+def _memory() -> int:
+    """Of this machine, in bytes; 6 GiB where that is not known."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 6 << 30
+
+
+KEPT = _memory() // 3  # bytes of weights that interpreters keep made ready; others they make anew when they are taken
+_BY_TOKEN = {"conv": 3, "linear": 1}  # operations that are computed for every token alone, by the axis of tokens
 
 
 @dataclass(frozen=True)
@@ -293,16 +305,31 @@ class _Step:
     compute   from arguments by parameter to its result, or a list of several
     inputs    by parameter, the name of a value, or the names of several
     results   (name, dtype, shape)
-    constant  the same in every call
-    ended     values that no later operation takes
     """
 
     type: str
     compute: Callable[..., Any]
     inputs: dict[str, str | list[str]]
     results: tuple[tuple[str, str, tuple[int, ...]], ...]
-    constant: bool
-    ended: tuple[str, ...]
+
+    @property
+    def taken(self) -> Iterator[str]:
+        """The names of all values that it takes."""
+        for names in self.inputs.values():
+            yield from [names] if isinstance(names, str) else names
+
+
+@dataclass
+class _Section:
+    """Operations that hand nothing on to another section's of the next call.
+
+    back   inputs that are taken here, and whose next are given here
+    ended  by operation, values that no later one takes
+    """
+
+    steps: list[_Step]
+    back: list[str]
+    ended: list[list[str]]
 
 
 class Interpreter:
@@ -311,6 +338,7 @@ class Interpreter:
     arithmetic  "exact"   everything in float64: what the file says
                 "native"  every result rounded to the type that the file declares; sums inside an operation in float32
                 "flushed" the same, and what is subnormal in float16, weights and constants too, is 0: some units do so
+    kept        bytes of weights that it keeps made ready
     inputs, outputs  name -> (dtype, shape), as the model's description has them
     state       (dtype, shape) of the tensor that Core ML keeps, or None
     state_name  its name
@@ -320,7 +348,7 @@ class Interpreter:
     Raises  BundleError for a file that does not say what it should.
     """
 
-    def __init__(self, package: Package, function: str, arithmetic: str = "native") -> None:
+    def __init__(self, package: Package, function: str, arithmetic: str = "native", kept: int = KEPT) -> None:
         if arithmetic not in ("exact", "native", "flushed"):
             raise BackendError(f"arithmetic {arithmetic!r} is unknown: expected exact, native or flushed")
         self.package, self.exact, self.flushed = package, arithmetic == "exact", arithmetic == "flushed"
@@ -350,41 +378,80 @@ class Interpreter:
         unknown = self.operations.keys() - _OPERATIONS.keys() - _CONSTEXPR.keys()
         if unknown:
             raise BundleError(f"{package.path} has operations that nothing here writes: {', '.join(sorted(unknown))}")
+        self._constants: dict[str, _Step] = {}  # by name: made when they are taken
         self._steps = self._prepare(block)
-        self._ready: dict[str, Any] = {}
-        self._ready_bytes = 0
+        self._cut: tuple[Mapping[str, str], list[_Section]] | None = None
+        self._ready: dict[str, Any] = {}  # constants
+        self._ready_bytes, self._kept = 0, kept
 
     def _prepare(self, block: Any) -> list[_Step]:
-        """What is run, in order, and which values nobody needs after it."""
-        inputs: list[dict[str, str | list[str]]] = []
-        last: dict[str, int] = {}
-        for n, op in enumerate(block.operations):
-            taken: dict[str, str | list[str]] = {}
+        """What is run, in order."""
+        known = self.inputs | ({self.state_name: self.state} if self.state else {})
+        steps = []
+        for op in block.operations:
+            inputs: dict[str, str | list[str]] = {}
             for param, argument in op.inputs.items() if op.type not in _CONSTEXPR else ():
                 names = [a.name for a in argument.arguments if a.WhichOneof("binding") == "name"]
                 if len(names) != len(argument.arguments) or (param != "values" and len(names) != 1):
                     raise BundleError(f"{self.package.path}: {op.type} holds a constant, which nothing here writes")
-                taken[param] = names if param == "values" else names[0]
-                last |= dict.fromkeys(names, n)
-            inputs.append(taken)
-        known = self.types | self.inputs | ({self.state_name: self.state} if self.state else {})
-        for op, taken in zip(block.operations, inputs, strict=True):
-            self._same_dtypes(op, taken, known)
-        last |= dict.fromkeys(block.outputs, len(block.operations))
-        ends: dict[int, list[str]] = {}
+                inputs[param] = names if param == "values" else names[0]
+            results = tuple((o.name, *self.types[o.name]) for o in op.outputs)
+            constant = op.type == "const" or op.type in _CONSTEXPR
+            step = _Step(op.type, self._constant(op) if constant else _OPERATIONS[op.type], inputs, results)
+            for name in step.taken:
+                if name not in known:
+                    raise BundleError(f"{self.package.path}: {op.type} takes {name!r}, which nothing has made before")
+            self._same_dtypes(op, inputs, known)
+            known |= {name: self.types[name] for name, _, _ in results}
+            if constant:
+                self._constants[results[0][0]] = step
+            else:
+                steps.append(step)
+        return steps
+
+    def _sections(self, back: Mapping[str, str]) -> list[_Section]:
+        """Cut the operations wherever nothing is under way that a call hands on to the next.
+
+        back  input -> the output that is the next call's
+        """
+        if self._cut and self._cut[0] == back:
+            return self._cut[1]
+        made = {name: n for n, step in enumerate(self._steps) for name, _, _ in step.results}
+        taken = {name for step in self._steps for name in step.taken}
+
+        def place(n: int) -> tuple[int, int]:
+            step = self._steps[n]
+            if any(name in taken for name, _, _ in step.results) or not step.results:
+                return n, n
+            return max((made[name] for name in step.taken if name in made), default=n), n  # for the caller: when it can be
+
+        steps = [self._steps[n] for n in sorted(range(len(self._steps)), key=place)]
+        uses: dict[str, list[int]] = {}  # where a value is taken, and where it is made
+        last: dict[str, int] = {}
+        for n, step in enumerate(steps):
+            for name in itertools.chain(step.taken, (name for name, _, _ in step.results)):
+                uses.setdefault(name, []).append(n)
+                last[name] = n
+        last |= dict.fromkeys(self.outputs.keys() - back.values(), len(steps))
+        reach, begins = list(range(len(steps))), {}
+        for name, given in (*back.items(), (self.state_name, self.state_name)):
+            found = uses.get(name, []) + uses.get(given, [])
+            begins[name] = min(found, default=0)
+            if found:
+                reach[min(found)] = max(reach[min(found)], *found)
+        sections, start, until = [], 0, 0
+        for n in range(len(steps)):
+            until = max(until, reach[n])
+            if n == until:
+                part = steps[start : n + 1]
+                sections.append(_Section(part, [x for x in back if start <= begins[x] <= n], [[] for _ in part]))
+                start = until = n + 1
+        ends = [ended for section in sections for ended in section.ended]
         for name, n in last.items():
-            ends.setdefault(n, []).append(name)
-        return [
-            _Step(
-                op.type,
-                self._constant(op) if op.type == "const" or op.type in _CONSTEXPR else _OPERATIONS[op.type],
-                inputs[n],
-                tuple((o.name, *self.types[o.name]) for o in op.outputs),
-                op.type == "const" or op.type in _CONSTEXPR,
-                tuple(ends.get(n, ())),
-            )
-            for n, op in enumerate(block.operations)
-        ]
+            if n < len(steps) and name not in self._constants and name != self.state_name:
+                ends[n].append(name)
+        self._cut = dict(back), sections
+        return sections
 
     def _same_dtypes(
         self, op: Any, taken: Mapping[str, str | list[str]], known: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -405,7 +472,7 @@ class Interpreter:
         def dense() -> Array:
             arguments = {k: self.package.value(v.arguments[0].value) for k, v in op.inputs.items()}
             wide = np.float64 if self.exact else np.float32
-            return _CONSTEXPR[op.type](**{k: x.astype(wide) if k in ("lut", "scale") else x for k, x in arguments.items()})
+            return _CONSTEXPR[op.type](**{k: x.astype(wide) if k == "scale" else x for k, x in arguments.items()})
 
         return dense
 
@@ -414,23 +481,62 @@ class Interpreter:
 
         inputs  by name, in the shapes that are declared; in native arithmetic they are rounded to the declared type
         """
-        env = dict(self._ready)
-        for name, (dtype, shape) in self.inputs.items():
-            x = np.asarray(inputs[name])
-            if x.shape != shape:
-                raise BundleError(f"{name} has shape {x.shape}, expected {shape}")
-            env[name] = self._cast(x, dtype)
+        return self.sequence([inputs], state=state)[0][0]
+
+    def sequence(
+        self,
+        calls: Sequence[Mapping[str, Array]],
+        first: Mapping[str, Array] | None = None,
+        back: Mapping[str, str] | None = None,
+        state: Array | None = None,
+    ) -> tuple[list[dict[str, Array]], dict[str, Array]]:
+        """Compute calls one after the other; a state is written in place.
+
+        All calls of a section are computed before those of the next, so that its weights are made ready once.
+
+        calls  the inputs of each, as above
+        first  what the first one takes besides
+        back   for each of these names, the output that the next call takes
+
+        Returns  the other outputs of every call, and what a next one would take
+        """
+        back = back or {}
+        gives = {given: name for name, given in back.items()}
+        handed = {name: self._given(name, first or {}) for name in back}
+        envs = [{name: self._given(name, inputs) for name in self.inputs if name not in back} for inputs in calls]
         if (self.state is None) != (state is None) or (state is not None and self.state and state.shape != self.state[1]):
             raise BundleError(f"{self.package.path}: the state is not the one that is declared, {self.state}")
         if state is not None:
-            env[self.state_name] = state
+            for env in envs:
+                env[self.state_name] = state
         with np.errstate(all="ignore"):
-            for step in self._steps:
-                if not (step.constant and step.results[0][0] in env):
-                    self._run(step, env)
-                for name in step.ended:
-                    del env[name]
-        return {name: env[name] for name in self.outputs}
+            for section in self._sections(back):
+                if len(envs) > 1:
+                    self._make_room(section)
+                    (step, *more), together = section.steps, _BY_TOKEN.get(section.steps[0].type)
+                    if together is not None and not more and not section.back and step.inputs["x"] not in self._constants:
+                        self._run_together(step, envs, together)
+                        for env in envs:
+                            for name in section.ended[0]:
+                                del env[name]
+                        continue
+                for env in envs:
+                    env |= {name: handed[name] for name in section.back}
+                    for step, ended in zip(section.steps, section.ended, strict=True):
+                        self._run(step, env)
+                        for name in ended:
+                            x = env.pop(name)
+                            if name in gives:
+                                handed[gives[name]] = x
+        outputs = [{name: self._value(name, env) for name in self.outputs if name not in gives} for env in envs]
+        return outputs, handed
+
+    def _given(self, name: str, inputs: Mapping[str, Array]) -> Any:
+        dtype, shape = self.inputs[name]
+        x = np.asarray(inputs[name])
+        if x.shape != shape:
+            raise BundleError(f"{name} has shape {x.shape}, expected {shape}")
+        return self._cast(x, dtype)
 
     def _cast(self, x: Any, dtype: str) -> Any:
         """A result rounded to the type it is declared of, and as float32 again; all floats as float64 in exact arithmetic."""
@@ -442,10 +548,20 @@ class Interpreter:
         return np.where(np.abs(x) < _NORMAL, np.float32(0), x) if self.flushed and dtype == "fp16" else x
 
     def _run(self, step: _Step, env: dict[str, Any]) -> None:
-        try:
-            arguments = {k: [env[n] for n in v] if isinstance(v, list) else env[v] for k, v in step.inputs.items()}
-        except KeyError as e:
-            raise BundleError(f"{self.package.path}: {step.type} takes {e}, which nothing has made before") from None
+        self._keep(step, self._compute(step, env), env)
+
+    def _run_together(self, step: _Step, envs: Sequence[dict[str, Any]], axis: int) -> None:
+        """What is computed for every token alone, for those of all calls."""
+        x = step.inputs["x"]
+        assert isinstance(x, str)
+        (found,) = self._compute(step, {x: np.concatenate([env[x] for env in envs], axis)})
+        for env, y in zip(envs, np.split(found, len(envs), axis), strict=True):
+            self._keep(step, [y], env)
+
+    def _compute(self, step: _Step, env: Mapping[str, Any]) -> list[Any]:
+        arguments = {
+            k: [self._value(n, env) for n in v] if isinstance(v, list) else self._value(v, env) for k, v in step.inputs.items()
+        }
         try:
             found = step.compute(**arguments)
         except (ValueError, TypeError, IndexError, ArithmeticError, MemoryError) as e:
@@ -453,10 +569,29 @@ class Interpreter:
         results = found if isinstance(found, list) else [found] if step.results else []
         if len(results) != len(step.results):
             raise BundleError(f"{step.type} gives {len(results)} results, and {len(step.results)} are declared")
+        return results
+
+    def _keep(self, step: _Step, results: Sequence[Any], env: dict[str, Any]) -> None:
         for (name, dtype, shape), x in zip(step.results, results, strict=True):
             if np.shape(x) != shape:
                 raise BundleError(f"{self.package.path}: {name} is {np.shape(x)} and declared as {shape}")
-            env[name] = x = self._cast(x, dtype)
-            if step.constant and self._ready_bytes + getattr(x, "nbytes", 0) <= _KEPT:
-                self._ready[name] = x
-                self._ready_bytes += getattr(x, "nbytes", 0)
+            env[name] = self._cast(x, dtype)
+
+    def _value(self, name: str, env: Mapping[str, Any]) -> Any:
+        if name in env:
+            return env[name]
+        if name in self._ready:
+            return self._ready[name]
+        made: dict[str, Any] = {}
+        self._run(self._constants[name], made)
+        if self._ready_bytes + (nbytes := getattr(made[name], "nbytes", 0)) <= self._kept:
+            self._ready[name] = made[name]
+            self._ready_bytes += nbytes
+        return made[name]
+
+    def _make_room(self, section: _Section) -> None:
+        """Let go of other sections' constants, if those of this one would not fit beside them."""
+        names = {name for step in section.steps for name in step.taken if name in self._constants and name not in self._ready}
+        width = 8 if self.exact else 4
+        if self._ready_bytes + width * sum(math.prod(self.types[name][1]) for name in names) > self._kept:
+            self._ready, self._ready_bytes = {}, 0

@@ -90,10 +90,15 @@ def pack_bits(codes: npt.NDArray[Any], bits: int) -> bytes:
 def unpack_bits(data: Packed, bits: int) -> Packed:
     """Read what `pack_bits` has written along the last axis."""
     n, nbytes = 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)
-    x = np.zeros((data.size // nbytes, 4), np.uint8)
-    x[:, :nbytes] = data.reshape(-1, nbytes)
-    codes = x.view("<u4") >> (np.arange(n, dtype=np.uint32) * bits) & ((1 << bits) - 1)
-    return codes.astype(np.uint8).reshape(*data.shape[:-1], -1)
+    x = data.reshape(-1, nbytes)
+    codes = np.empty((len(x), n), np.uint8)
+    for i in range(n):
+        byte, shift = divmod(i * bits, 8)
+        code = x[:, byte] >> shift
+        if shift + bits > 8:
+            code |= x[:, byte + 1] << (8 - shift)
+        codes[:, i] = code & ((1 << bits) - 1)
+    return codes.reshape(*data.shape[:-1], -1)
 
 
 def packed_bytes(shape: tuple[int, ...], bits: int, block: int) -> tuple[int, int]:

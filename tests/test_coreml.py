@@ -34,6 +34,7 @@ from rwkv_edge.qtensor import Lut, QTensor, Recipe, pack_bits, unpack_bits
 from rwkv_edge.quantize import COREML_QUANTS, coreml_plan, kmeans, mean_squares, rtn, with_half_scales
 from rwkv_edge.reference import Weights, run_reference
 from rwkv_edge.runtime import State, open_bundle
+from rwkv_edge.runtime.coreml import Interpreted
 from rwkv_edge.tokenizer import open_tokenizer
 
 # float16 against float64 on the same weights, nats a token; measured 3e-6 on the demo model, 1e-5 to 3e-4 on random ones
@@ -434,19 +435,28 @@ def test_packages_of_another_release_are_judged_by_their_numbers(bundle, tmp_pat
 @pytest.mark.parametrize("options", [{"coreml_state": "packed", "part_bytes": 1}, {"coreml_state": "packed"}, {}])
 def test_an_interrupt_leaves_the_state_as_it_was(options, bundle, monkeypatch):
     """Packed states of the first parts have read a token when the last part is interrupted."""
-    loop = open_bundle(bundle("odd", target="coreml", quant="fp16", **options), interpret="native").loop()
+    model = open_bundle(bundle("odd", target="coreml", quant="fp16", **options), interpret="native")
+    loop, other = model.loop(), model.loop()
     loop.read(np.arange(20))
-    before, last = loop.tensors(), loop._parts["decode"][-1][1]
+    before, last = loop.tensors(), loop._parts["decode"][-1][1]._f
+    n, when, run = 0, 0, last._run
 
     def interrupted(*args):
-        raise KeyboardInterrupt
+        nonlocal n
+        n += 1
+        if n == when:
+            raise KeyboardInterrupt
+        run(*args)
 
-    monkeypatch.setattr(last, "_f", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        loop.step(3)
-    assert loop.n_tokens == 20
-    for name, x in loop.tensors().items():
-        np.testing.assert_array_equal(x, before[name])
+    monkeypatch.setattr(last, "_run", interrupted)
+    other.read(np.arange(3))
+    for when in (1, n // 2, n):  # noqa: B007
+        n = 0
+        with pytest.raises(KeyboardInterrupt):
+            loop.read(np.arange(3))
+        assert loop.n_tokens == 20
+        for name, x in loop.tensors().items():
+            np.testing.assert_array_equal(x, before[name])
 
 
 def test_states_beyond_float16_are_refused(bundle, model):
@@ -708,6 +718,35 @@ def test_states_go_from_one_bundle_to_the_other(name, state, bundle, model):
         assert np.abs(logits - expected).max() / expected.std() < 0.05
 
 
+@pytest.mark.parametrize("options", [{}, {"coreml_state": "packed"}, {"part_bytes": 1}, {"profile": "gpu"}])
+@pytest.mark.parametrize("name", ["odd", "v4", "v7a"])
+def test_calls_together_are_calls_one_after_the_other(name, options, bundle, monkeypatch):
+    """And where little is kept, a matrix is made from its tables once for all calls, unless Core ML keeps the state."""
+    path = bundle(name, target="coreml", quant="lut4", **options)
+    made, dense = 0, mil._CONSTEXPR["constexpr_lut_to_dense"]
+
+    def counted(**arguments):
+        nonlocal made
+        made += 1
+        return dense(**arguments)
+
+    monkeypatch.setitem(mil._CONSTEXPR, "constexpr_lut_to_dense", counted)
+    parts = len(packages(path))
+    monkeypatch.setattr(mil, "KEPT", 200_000 * parts)
+    found = []
+    for at_once in (1, 64):
+        monkeypatch.setattr(Interpreted, "at_once", at_once)
+        model, made = open_bundle(path, interpret="exact"), 0
+        loop = model.loop()
+        ids = np.array(factory.tokens(9, model.spec.n_vocab))
+        found.append((loop.run("decode", ids), *loop.tensors().values()))
+        tables = sum(t.rows_per_table is not None for t in read_bundle(path).tensors.values())
+        once = at_once == 64 and options != {"coreml_state": "packed"}
+        assert (made == tables) if once else (made > 2 * tables)
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * np.abs(other).max())
+
+
 @pytest.mark.parametrize("cuts", [[40], [1] * 40, [16, 24], [7, 33], [17, 16, 7]])
 @pytest.mark.parametrize("state", ["explicit", "packed"])
 def test_a_prompt_may_come_in_any_pieces(cuts, state, bundle):
@@ -768,6 +807,7 @@ def test_what_would_be_asked_of_core_ml(name, options, bundle, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(coremltools.models, "MLModel", StandIn)
     monkeypatch.setattr(StandIn, "units", [])
+    monkeypatch.setattr(Interpreted, "at_once", 1)  # sums of several calls at once are in another order
     ours, theirs = open_bundle(path), open_bundle(path, interpret="native")
     assert set(StandIn.units) == {"CPU_AND_GPU"}
     ids = factory.tokens(21, ours.spec.n_vocab)

@@ -4,7 +4,7 @@ What predicts through coremltools has not yet been run on a Mac.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,15 +20,22 @@ if TYPE_CHECKING:
     from .session import Model, Tokens
 
 Array = npt.NDArray[Any]
+Calls = Sequence[Mapping[str, Array]]  # what each call takes besides the state
 _F16_MAX = 65504.0
 _MIL = {"float16": "fp16", "int32": "int32"}  # dtypes as packages name them
 
 
 class Interpreted:
-    """A function of a package in numpy, and the state that Core ML would keep for it."""
+    """A function of a package in numpy, and the state that Core ML would keep for it.
+
+    at_once  calls that are computed together: their weights are made ready once
+    """
+
+    at_once = 64
 
     def __init__(self, package: mil.Package, graph: Mapping[str, Any], arithmetic: str) -> None:
-        self._f = f = mil.Interpreter(package, graph["function"], arithmetic)
+        share = 3 if graph["role"] == "decode" else 1  # which is called again and again
+        self._f = f = mil.Interpreter(package, graph["function"], arithmetic, mil.KEPT * share // (4 * graph["parts"]))
         packed = graph.get("packed")
         declared = [f.inputs, f.outputs, {f.state_name: f.state} if f.state else {}]
         said = [{x["name"]: (_MIL[x["dtype"]], tuple(x["shape"])) for x in graph[side]} for side in ("inputs", "outputs")]
@@ -37,8 +44,8 @@ class Interpreted:
             raise BundleError(f"{package.path}: what {graph['function']} takes and gives is not what the manifest says")
         self._dtype = np.float64 if arithmetic == "exact" else np.float32
 
-    def __call__(self, inputs: Mapping[str, Array], kept: Any) -> dict[str, Array]:
-        return self._f(inputs, kept)
+    def __call__(self, calls: Calls, state: Mapping[str, Array], kept: Any) -> tuple[list[dict[str, Array]], dict[str, Array]]:
+        return self._f.sequence(calls, state, {name: f"{name}_out" for name in state}, kept)
 
     def keep(self) -> Any:
         return np.zeros(self._f.state[1], self._dtype) if self._f.state else None
@@ -56,6 +63,8 @@ _UNITS = {"ane": "CPU_AND_NE", "gpu": "CPU_AND_GPU"}  # by profile
 class Predicted:
     """The same by Core ML, on the unit that the bundle is laid out for."""
 
+    at_once = 1
+
     def __init__(self, package: Any, graph: Mapping[str, Any]) -> None:
         self._state = graph.get("packed", {}).get("name")
         try:
@@ -68,13 +77,17 @@ class Predicted:
         except Exception as e:  # Core ML's errors are of several unrelated classes
             raise BackendError(f"Core ML cannot load {package}: {e}") from e
 
-    def __call__(self, inputs: Mapping[str, Array], kept: Any) -> dict[str, Array]:
-        given = {name: x if x.dtype == np.int32 else x.astype(np.float16) for name, x in inputs.items()}
-        try:
-            found: dict[str, Array] = self._model.predict(given, state=kept) if kept is not None else self._model.predict(given)
-        except Exception as e:
-            raise BackendError(f"Core ML failed: {e}") from e
-        return found
+    def __call__(self, calls: Calls, state: Mapping[str, Array], kept: Any) -> tuple[list[dict[str, Array]], dict[str, Array]]:
+        outputs = []
+        for inputs in calls:
+            given = {name: x if x.dtype == np.int32 else x.astype(np.float16) for name, x in (*inputs.items(), *state.items())}
+            try:
+                found = self._model.predict(given, state=kept) if kept is not None else self._model.predict(given)
+            except Exception as e:
+                raise BackendError(f"Core ML failed: {e}") from e
+            state = {name: found.pop(f"{name}_out") for name in state}
+            outputs.append(found)
+        return outputs, dict(state)
 
     def keep(self) -> Any:
         return self._model.make_state()
@@ -126,6 +139,7 @@ class Loop:
     def __init__(self, model: "Model", parts: dict[str, list[Part]]) -> None:
         self._model, self._spec, self._parts = model, model.spec, parts
         self._chunk: int = parts["prefill"][0][0]["T"]
+        self._at_once = parts["prefill"][0][1].at_once
         self._factors = {t["name"]: float(t["factor"]) for t in model.bundle.manifest["state"]}
         self._kept = [part.keep() if "packed" in graph else None for graph, part in parts["decode"]]
         self._state: dict[str, Array] = {}
@@ -187,38 +201,58 @@ class Loop:
 
         Returns  logits (T, V) of every token, or (1, V) of the last
         """
-        parts, at = [], 0
-        while at < len(ids):
-            n = self._chunk if len(ids) - at >= self._chunk and not every else 1
-            self._call("prefill" if n > 1 else "decode", ids[at : at + n])
-            at += n
-            if every:
-                parts.append(self.logits)
+
+        def told(done: int) -> None:
             if progress:
-                progress(at, len(ids))
-        return np.stack(parts) if every else self.logits[None]
+                progress(done, len(ids))
+
+        whole = 0 if every else len(ids) // self._chunk * self._chunk
+        self.run("prefill", ids[:whole], told)
+        logits = self.run("decode", ids[whole:], lambda done: told(whole + done))
+        return logits if every else self.logits[None]
 
     def step(self, token: int) -> Array:
         """Read one token: its logits (V,)."""
-        self._call("decode", np.array([token]))
+        self._call("decode", [np.array([token])])
         return self.logits
 
-    def _call(self, role: str, ids: "Tokens") -> None:
-        passed: dict[str, Array] = {"tokens": ids.astype(np.int32)}
+    def run(self, role: str, ids: "Tokens", told: Callable[[int], None] = lambda done: None) -> Array:
+        """Read tokens by one of the functions, as many at a time as it takes.
+
+        told  called with how many of them are read
+
+        Returns  logits (calls, V) after each call
+        """
+        size = self._parts[role][0][0]["T"]
+        calls = [ids[i : i + size] for i in range(0, len(ids), size)]
+        logits = [np.zeros((0, self._spec.n_vocab), np.float32)]
+        for i in range(0, len(calls), self._at_once):
+            logits.append(self._call(role, calls[i : i + self._at_once]))
+            told(min((i + self._at_once) * size, len(ids)))
+        return np.concatenate(logits)
+
+    def _call(self, role: str, ids: Sequence["Tokens"]) -> Array:
+        passed: list[dict[str, Array]] = [{"tokens": x.astype(np.int32)} for x in ids]
         if self._tables:
-            passed["deep_embed"] = self._tables.rows(ids)
+            for x, into in zip(ids, passed, strict=True):
+                into["deep_embed"] = self._tables.rows(x)
         new: dict[str, Array] = {}
         steps = list(zip(self._parts[role], self._kept, strict=True))
-        # a part's packed state has read the tokens before the next part begins
-        before = [(part, kept, part.get(kept)) for (_, part), kept in steps if kept is not None and len(steps) > 1]
+        # packed states have read tokens before the last part, or the last call, has ended
+        several = len(steps) > 1 or len(ids) > 1
+        before = [(part, kept, part.get(kept)) for (_, part), kept in steps if kept is not None and several]
         try:
             for (graph, part), kept in steps:
-                known = self._state | passed
-                for name, x in part({i["name"]: known[i["name"]] for i in graph["inputs"]}, kept).items():
-                    inner = name.removesuffix("_out")
-                    (new if inner in self._state else passed)[inner] = x
+                names = [i["name"] for i in graph["inputs"]]
+                state = {name: self._state[name] for name in names if name in self._state}
+                outputs, state = part([{n: known[n] for n in names if n not in state} for known in passed], state, kept)
+                new |= state
+                for known, found in zip(passed, outputs, strict=True):
+                    known |= {name.removesuffix("_out"): x for name, x in found.items()}
+            logits = np.concatenate([known["logits"] for known in passed])
             # together: an interrupt comes before or after, and finds a whole state
-            self._state, self.n_tokens, self.logits = new, self.n_tokens + len(ids), passed["logits"][0]
+            self._state, self.n_tokens, self.logits = new, self.n_tokens + sum(map(len, ids)), logits[-1].copy()
+            return logits
         except BaseException:  # an interrupt too
             for part, kept, whole in before:
                 part.put(kept, whole)
