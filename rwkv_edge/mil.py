@@ -397,6 +397,8 @@ class Interpreter:
                 inputs[param] = names if param == "values" else names[0]
             results = tuple((o.name, *self.types[o.name]) for o in op.outputs)
             constant = op.type == "const" or op.type in _CONSTEXPR
+            if constant and len(results) != 1:
+                raise BundleError(f"{self.package.path}: a constant gives {len(results)} results")
             step = _Step(op.type, self._constant(op) if constant else _OPERATIONS[op.type], inputs, results)
             for name in step.taken:
                 if name not in known:
@@ -513,9 +515,10 @@ class Interpreter:
             for section in self._sections(back):
                 if len(envs) > 1:
                     self._make_room(section)
-                    (step, *more), together = section.steps, _BY_TOKEN.get(section.steps[0].type)
-                    if together is not None and not more and not section.back and step.inputs["x"] not in self._constants:
-                        self._run_together(step, envs, together)
+                    step, *more = section.steps
+                    given = [name for name in step.taken if name not in self._constants]
+                    if step.type in _BY_TOKEN and given == [step.inputs.get("x")] and not more and not section.back:
+                        self._run_together(step, envs, given[0])
                         for env in envs:
                             for name in section.ended[0]:
                                 del env[name]
@@ -550,12 +553,15 @@ class Interpreter:
     def _run(self, step: _Step, env: dict[str, Any]) -> None:
         self._keep(step, self._compute(step, env), env)
 
-    def _run_together(self, step: _Step, envs: Sequence[dict[str, Any]], axis: int) -> None:
+    def _run_together(self, step: _Step, envs: Sequence[dict[str, Any]], x: str) -> None:
         """What is computed for every token alone, for those of all calls."""
-        x = step.inputs["x"]
-        assert isinstance(x, str)
-        (found,) = self._compute(step, {x: np.concatenate([env[x] for env in envs], axis)})
-        for env, y in zip(envs, np.split(found, len(envs), axis), strict=True):
+        axis = _BY_TOKEN[step.type]
+        try:
+            (found,) = self._compute(step, {x: np.concatenate([env[x] for env in envs], axis)})
+            each = np.split(found, len(envs), axis)
+        except ValueError as e:
+            raise BundleError(f"{self.package.path}: {step.type} cannot be computed: {e}") from e
+        for env, y in zip(envs, each, strict=True):
             self._keep(step, [y], env)
 
     def _compute(self, step: _Step, env: Mapping[str, Any]) -> list[Any]:
