@@ -10,8 +10,9 @@ native: nats a token that float16 costs, against the step in float64.
 
 --beside-onnx: the logits of fp16 bundles beside those of the same model's fp16 bundle in onnxruntime, over the first tokens of
 a text; and from how many of 20 beginnings in it both write as many tokens greedily, the same ones, and how far apart the
-logits of the two likeliest tokens are where they do not. Core ML itself has no part in this: its speed and the
-units that it chooses are measured on a Mac, by apple/on_a_mac.py.
+logits of the two likeliest tokens are where they do not.
+
+Core ML itself has no part in this: its speed and the units that it chooses are measured on a Mac, by apple/on_a_mac.py.
 """
 
 import argparse

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import BackendError, BundleError
-from .qtensor import unpack_bits
+from .qtensor import HALF_NORMAL, unpack_bits
 
 Array = npt.NDArray[Any]
 
@@ -283,7 +283,6 @@ _NUMBERS = {
     "input",
     "data",
 }  # what an operation computes with
-_NORMAL = 2.0**-14  # the smallest normal number of float16
 
 
 def _memory() -> int:
@@ -323,12 +322,14 @@ class _Step:
 class _Section:
     """Operations that hand nothing on to another section's of the next call.
 
-    back   inputs that are taken here, and whose next are given here
-    ended  by operation, values that no later one takes
+    back      inputs that are taken here, and whose next are given here
+    together  what it takes besides constants, if it is one operation that is computed for every token alone
+    ended     by operation, values that no later one takes
     """
 
     steps: list[_Step]
     back: list[str]
+    together: str | None
     ended: list[list[str]]
 
 
@@ -446,7 +447,10 @@ class Interpreter:
             until = max(until, reach[n])
             if n == until:
                 part = steps[start : n + 1]
-                sections.append(_Section(part, [x for x in back if start <= begins[x] <= n], [[] for _ in part]))
+                handed = [x for x in back if start <= begins[x] <= n]
+                given = [x for x in part[0].taken if x not in self._constants]
+                alone = len(part) == 1 and part[0].type in _BY_TOKEN and given == [part[0].inputs.get("x")] and not handed
+                sections.append(_Section(part, handed, given[0] if alone else None, [[] for _ in part]))
                 start = until = n + 1
         ends = [ended for section in sections for ended in section.ended]
         for name, n in last.items():
@@ -513,20 +517,16 @@ class Interpreter:
                 env[self.state_name] = state
         with np.errstate(all="ignore"):
             for section in self._sections(back):
-                if len(envs) > 1:
+                several = len(envs) > 1
+                if several:
                     self._make_room(section)
-                    step, *more = section.steps
-                    given = [name for name in step.taken if name not in self._constants]
-                    if step.type in _BY_TOKEN and given == [step.inputs.get("x")] and not more and not section.back:
-                        self._run_together(step, envs, given[0])
-                        for env in envs:
-                            for name in section.ended[0]:
-                                del env[name]
-                        continue
+                if several and section.together:
+                    self._run_together(section.steps[0], envs, section.together)
                 for env in envs:
                     env |= {name: handed[name] for name in section.back}
                     for step, ended in zip(section.steps, section.ended, strict=True):
-                        self._run(step, env)
+                        if not (several and section.together):
+                            self._run(step, env)
                         for name in ended:
                             x = env.pop(name)
                             if name in gives:
@@ -548,7 +548,7 @@ class Interpreter:
         if self.exact:
             return np.asarray(x, np.float64)
         x = np.asarray(x, np.float16 if dtype == "fp16" else np.float32).astype(np.float32, copy=False)
-        return np.where(np.abs(x) < _NORMAL, np.float32(0), x) if self.flushed and dtype == "fp16" else x
+        return np.where(np.abs(x) < HALF_NORMAL, np.float32(0), x) if self.flushed and dtype == "fp16" else x
 
     def _run(self, step: _Step, env: dict[str, Any]) -> None:
         self._keep(step, self._compute(step, env), env)

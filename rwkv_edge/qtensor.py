@@ -14,6 +14,7 @@ Packed = npt.NDArray[np.uint8]
 Indices = npt.NDArray[Any]
 
 BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits takes
+HALF_NORMAL = 2.0**-14  # the smallest normal number of float16: a unit may take those below as 0
 
 
 @dataclass(frozen=True)

@@ -502,7 +502,7 @@ def plain_l2(self, x, *, eps):
     x = self.unpack(x)
     shape, axes = self._reduced(x), coreml._ints((self.within_head,))
     total = self.op("reduce_sum", shape, "column", x=self.unary("square", x), axes=axes, keep_dims=coreml._bool(True))
-    return x / self.unary("sqrt", self.binary("maximum", total, coreml._TINY))
+    return x / self.unary("sqrt", self.binary("maximum", total, coreml.HALF_NORMAL))
 
 
 def plain_exp(self, x):

@@ -21,7 +21,7 @@ from .. import mil
 from ..bundle import PACKED_STATE, packing
 from ..errors import BackendError, ExportError
 from ..models import model_of
-from ..qtensor import Lut, Plan, QTensor, Recipe, pack_bits
+from ..qtensor import HALF_NORMAL, Lut, Plan, QTensor, Recipe, pack_bits
 from ..spec import Shape, Spec, StateTensor
 
 FUNCTIONS = {"decode": 1, "prefill": 16}  # how many tokens a call of each takes
@@ -481,9 +481,9 @@ class Mil:
         x = self.unpack(x)
         axes, shape = _ints((self.within_head,)), self._reduced(x)
         largest = self.op("reduce_max", shape, "column", x=self.unary("abs", x), axes=axes, keep_dims=_bool(True))
-        x = x / self.binary("maximum", largest, _TINY)
+        x = x / self.binary("maximum", largest, HALF_NORMAL)
         total = self.op("reduce_sum", shape, "column", x=self.unary("square", x), axes=axes, keep_dims=_bool(True))
-        return x / self.unary("sqrt", self.binary("maximum", total, _TINY))
+        return x / self.unary("sqrt", self.binary("maximum", total, HALF_NORMAL))
 
     def sum(self, x: Value) -> Value:
         x = self.unpack(x)
@@ -546,7 +546,6 @@ class Mil:
     deep_embed: Value  # set by `record`
 
 
-_TINY = 2.0**-14  # the smallest normal number of float16: a unit may take those below as 0
 _SMALLEST = 2.0**-24
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..errors import QuantizeError
-from ..qtensor import BLOCKS, Array, QTensor
+from ..qtensor import BLOCKS, HALF_NORMAL, Array, QTensor
 
 # The search for a block's scale at 4 bits: first the level, not yet rounded, that the largest weight is brought to, for
 # either sign of the scale (clipping it a little, or leaving levels unused, often pays); then factors around the best;
@@ -12,9 +12,6 @@ from ..qtensor import BLOCKS, Array, QTensor
 # would lower the squared error by 5 %, of which the perplexity shows nothing.
 _LEVELS = {4: (-8.6, -8.0, -7.4, 6.6, 7.0, 7.6), 8: (-128.0, 127.0)}
 _NEAR = {4: (1.05, 0.95, 1.03, 0.97, 1.015, 0.985), 8: ()}
-
-_NORMAL = 2.0**-14  # the smallest normal number of float16
-
 _IN_CACHE = 1 << 18  # weights worked on at once
 
 
@@ -58,8 +55,8 @@ def with_half_scales(w: Array, q: QTensor) -> QTensor:
     Raises  QuantizeError if a scale is beyond float16, or all are so small that little of them is left.
     """
     with np.errstate(over="ignore"):
-        floor = np.where(q.scales < 0, -_NORMAL, _NORMAL).astype(np.float32)
-        scales = np.where(np.abs(q.scales) < _NORMAL, floor, q.scales).astype(np.float16).astype(np.float32)
+        floor = np.where(q.scales < 0, -HALF_NORMAL, HALF_NORMAL).astype(np.float32)
+        scales = np.where(np.abs(q.scales) < HALF_NORMAL, floor, q.scales).astype(np.float16).astype(np.float32)
     largest = np.abs(scales).max() * 2.0 ** (q.bits - 1)
     if not largest <= np.finfo(np.float16).max or 0 < np.abs(q.scales).max() < 2**-20:
         raise QuantizeError(f"scales from {np.abs(q.scales).min():.1e} to {np.abs(q.scales).max():.1e} do not fit float16")
