@@ -1,9 +1,11 @@
 """The command line: parse, call one library function, print.  Data goes to stdout, everything else to stderr."""
 
+import contextlib
 import errno
 import functools
 import io
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -57,7 +59,7 @@ class Commands(click.Group):
         except OSError as e:  # names too long, folders that cannot be entered, a full stdout
             if e.errno == errno.EPIPE:
                 raise
-            raise Failure(OutputError(f"{e.filename or 'output'}: {e.strerror or e}")) from e
+            raise _failure(e) from e
 
 
 @click.group(
@@ -830,11 +832,31 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without our characters is no reason to fail
     try:
-        cli(standalone_mode=False)
+        try:
+            cli(standalone_mode=False)
+        except OSError as e:  # click writes --help and --version before a command is invoked
+            raise _failure(e) from e
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as e:
-        e.show()
+        with contextlib.suppress(OSError):  # a full stderr does not change the exit code
+            e.show()
         sys.exit(e.exit_code)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
+    finally:
+        _drop_unwritable()
+
+
+def _failure(e: OSError) -> Failure:
+    return Failure(OutputError(f"{e.filename or 'output'}: {e.strerror or e}"))
+
+
+def _drop_unwritable() -> None:
+    """Python flushes its streams at exit, and fails with code 120 where a disk is full: send what is left to nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

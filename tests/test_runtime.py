@@ -501,20 +501,23 @@ def test_threads_share_a_model_and_a_state(demo):
 
 
 def test_memory_is_flat_however_long_the_text(demo, monkeypatch):
+    """A list that kept a number for every token would grow by 40 bytes a token. What grows here is Python's own store of
+    small objects, which fills up: measured 8 kB over the first 1,000 tokens, 1 to 3 kB over the 3,000 after them."""
     monkeypatch.setattr(demo, "end_of_text", None)
-    g = demo.generate(STORY, max_tokens=1100, seed=1)
+    n = 3000
+    g = demo.generate(STORY, max_tokens=1000 + n, seed=1)
     tracemalloc.start()
-    for _ in range(600):  # what is made once, and what Python keeps of freed numbers for the next ones
+    for _ in range(1000):
         next(g)
     gc.collect()
     tracemalloc.reset_peak()
     before, _ = tracemalloc.get_traced_memory()
-    for _ in range(500):
+    for _ in range(n):
         next(g)
     gc.collect()
     after, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert after - before < 20_000
+    assert after - before < 8 * n
     assert peak - before < 400_000  # a token's logits in float64 and what sampling makes of them
 
 
