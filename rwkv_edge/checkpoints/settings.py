@@ -164,7 +164,7 @@ def layout_of(records: Mapping[str, Record]) -> str:
     if fla:
         norm = records.get(fla.replace("r_proj", "g_norm"))
         return "mlx" if norm and len(norm.shape) == 2 else "fla"
-    if any(re.search(r"(^|\.)rwkv7\.blocks\.", n) for n in records):
+    if any(re.search(r"(^|\.)rwkv7\.", n) for n in records):
         return "native"
     return "transformers" if any(n.endswith(".attention.key.weight") for n in records) else "official"
 
