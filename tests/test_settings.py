@@ -217,7 +217,7 @@ def case(request, tmp_path):
 
 @pytest.mark.parametrize("wkv", ["attention", "plain", "step"])
 def test_onnx_computes_with_the_settings(case, wkv, tmp_path):
-    source, *_, expected, usual = case
+    source, *_, expected, _ = case
     bundle = export(source, tmp_path / "out", quant="none", wkv=wkv).path
     assert apart(open_bundle(bundle).feed(IDS, every=True)[0], expected) <= 4 * GRAPH
 
@@ -353,7 +353,8 @@ def refused(path):
         {"hidden_act": "relu"}, {"hidden_act": "gelu"}, {"hidden_act": "silu"}, {"hidden_act": None}, {"norm_first": False},
         {"attn": {"layers": [1], "num_heads": 2}}, {"use_deep_embed": True}, {"embedding_layer_norm_fused": True},
         {"logit_scale": 0.5}, {"residual_scale": 2}, {"final_logit_softcapping": 30.0}, {"wkv_has_gate": False},
-        {"norm_eps": "1e-5"}, {"norm_eps": 0}, {"norm_eps": -1e-5}, {"norm_eps": None}, {"norm_eps": True}, {"norm_eps": [1e-5]},
+        {"norm_eps": "1e-5"}, {"norm_eps": 0}, {"norm_eps": -1e-5}, {"norm_eps": None}, {"norm_eps": True},
+        {"norm_eps": [1e-5]},
         {"norm_eps": math.nan}, {"norm_eps": math.inf}, {"norm_eps": 1e400}, {"norm_eps": 10**400}, {"norm_eps": 1e-30},
         {"norm_eps": 1e-6, "layer_norm_epsilon": 1e-5}, {"group_norm_epsilon": "x"},
         {"norm_bias": "false"}, {"norm_bias": 0}, {"tie_word_embeddings": 1},
