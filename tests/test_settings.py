@@ -313,6 +313,7 @@ def test_a_quantized_checkpoint_and_a_lora_keep_the_settings(tmp_path):
 def test_a_manifest_states_an_eps_that_can_be(key, value, tmp_path):
     bundle = export(factory.write_pth(tmp_path / "m.pth", W[16], "fp32"), tmp_path / "b", quant="none").path
     manifest = json.loads((bundle / MANIFEST).read_text())
+    assert key in manifest["spec"]
     manifest["spec"] |= {key: value}
     if value is None:
         del manifest["spec"][key]

@@ -177,7 +177,7 @@ def contradiction(config: Mapping[str, Any], sizes: Mapping[str, int], version: 
     for said in _kinds(config):
         digit = re.search(r"rwkv[-_]?v?([4-9])", said.lower())
         if digit and digit[1] != version[0]:
-            return f"is of {said!r}, but the tensors are RWKV-{version}'s"
+            return f"is of {said!r}, but the tensors are RWKV-{version[0]}'s"
     return None
 
 
