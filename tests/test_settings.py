@@ -269,6 +269,17 @@ def test_the_manifest_states_the_settings_and_inspect_the_unusual_ones(case, tmp
         assert line in shown.output.splitlines()
 
 
+def test_mlx_lm_has_the_official_eps_of_heads_beside_fla_s_settings(tmp_path):
+    """mlx-lm: LayerNormPerHead(self.head_dim, self.num_heads, eps=64e-5); it stores what goes by heads as (H, N)."""
+    named = factory.fla(W[128])
+    for name, x in named.items():
+        if name.endswith((".k_k", ".k_a", ".g_norm.weight", ".g_norm.bias")):
+            named[name] = x.reshape(-1, 128)
+    source = factory.write_folder(tmp_path / "m", named, "fp32", config=fla(W[128], norm_eps=1e-6, head_dim=128))
+    found = open_bundle(export(source, tmp_path / "b", quant="none").path).feed(IDS, every=True)[0]
+    assert apart(found, logits_of(W[128], "7", 1e-6, 64e-5, 1e-6)) <= 4 * GRAPH
+
+
 # --- settings are part of what a model is ---
 
 
