@@ -18,7 +18,7 @@ from . import mil
 from .errors import BundleError, CheckpointError
 from .files import CODES, Pieces, Record, Stored
 from .qtensor import BLOCKS
-from .spec import Spec, StateTensor, Weight
+from .spec import EPS, SETTINGS, Spec, StateTensor, Weight
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -160,7 +160,9 @@ _SOME = re.compile(".+", re.S)
 _MANIFEST: Any = {
     "format": range(1, FORMAT + 1),
     "model_id": _SHA,
-    "spec": {"version": str} | dict.fromkeys(("n_layer", "n_embd", "n_head", "head_size", "n_ffn", "n_vocab"), _SIZE),
+    "spec": {"version": str}
+    | dict.fromkeys(("n_layer", "n_embd", "n_head", "head_size", "n_ffn", "n_vocab"), _SIZE)
+    | dict.fromkeys(SETTINGS, _Real(*EPS)),
     "state": [(_STATE, _STATE | {"factor": _FACTOR})],
     "graphs": [
         (

@@ -39,7 +39,7 @@ from .quantize import COREML_DEFAULTS, COREML_QUANTS, coreml_plan, kmeans, mean_
 from .quantize import plan as make_plan
 from .reference import Weights
 from .runtime import State
-from .spec import Shape, StateTensor
+from .spec import Shape, Spec, StateTensor
 from .tokenizer import World, open_tokenizer, tokenizer_beside
 
 Progress = Callable[[int, int], None]
@@ -129,7 +129,7 @@ def quantize(
         name: {"shape": list(w.shape), "bits": plan[name].bits, "block": plan[name].block, "method": plan[name].method}
         for name, w in source.spec.weights.items()
     }
-    about = {"format": 1, "model_id": "0" * 64, "sha256": "0" * 64, "tensors": table}
+    about = {"format": 1, "model_id": "0" * 64, "sha256": "0" * 64, "settings": source.spec.settings, "tensors": table}
     read = {t.data.path for t in source.tensors.values()}  # of a folder, its shards
     if output.exists() and any(os.path.samefile(file, output) for file in read):
         raise OutputError(f"{output} is the checkpoint itself: choose another output")
@@ -242,7 +242,7 @@ def export(
         manifest = {
             "format": FORMAT,
             "model_id": model_id,
-            "spec": spec.sizes,
+            "spec": spec.sizes | spec.settings,
             "state": [
                 {"name": name, "shape": list(t.shape), "dtype": "float32", **made.state(t)}
                 for name, t in spec.state_tensors.items()
@@ -262,13 +262,24 @@ def export(
         (folder / MANIFEST).write_bytes(dump_manifest(manifest))
         nbytes = sum(file.stat().st_size for file in _files(folder))
         read_bundle(folder, verify=False)  # what we write, we can read
-    notes = list(source.notes)
+    notes = [*source.notes, *(_eps_notes(spec) if target == "coreml" else [])]
     if not tokenizer_file:
         missing = "no tokenizer" if tokenizer else f"no tokenizer.json beside {source.path.name}"
         notes.append(f"{missing}: the bundle takes and gives token ids")
     if ids and len(ids) < CALIBRATION // 8:
         notes.append(f"calibrated on {len(ids)} tokens, which are few: up to {CALIBRATION} are read")
     return Written(output, nbytes, bits_per_weight(source.spec, plan), model_id, tuple(notes))
+
+
+def _eps_notes(spec: Spec) -> list[str]:
+    """Of every eps that float16 does not hold within a factor of 2."""
+    held = coreml.held_eps(spec)
+    return [
+        f"float16 cannot hold {name} {eps:g} at the scale of the stream: the graph has {held[name]:.2g}. "
+        "check --against and eval measure what that costs"
+        for name, eps in spec.settings.items()
+        if not eps / 2 <= held[name] <= eps * 2
+    ]
 
 
 def _part(progress: Progress | None, i: int, n: int) -> Progress | None:
@@ -457,7 +468,7 @@ def _write_tensors(
 
     Returns  the model's id
     """
-    digest, done, total = ModelId(), 0, source.spec.n_parameters
+    digest, done, total = ModelId(source.spec), 0, source.spec.n_parameters
     for f, layout in files:
         if isinstance(layout, coreml.Layout):
             for name, rows in _write_package(f, source, plan, layout, importance or {}):

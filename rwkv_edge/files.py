@@ -62,7 +62,7 @@ class Record:
     """One array in row order at a place in a file.
 
     dtype    one of DTYPES, or with `packing` what its maker calls it
-    factor   what every number is multiplied by when read: a power of two
+    factor   what every number is multiplied by when read: a power of two; or 0, and nothing is read
     """
 
     path: Path
@@ -86,6 +86,8 @@ class Record:
 
         Raises  CheckpointError if the file ends before them or cannot be read.
         """
+        if self.factor == 0:
+            return np.zeros((stop - start, *self.shape[1:]), np.float32)
         n_bytes = self.nbytes // self.shape[0]
         data = np.empty((stop - start) * n_bytes, np.uint8)
         try:
@@ -256,13 +258,14 @@ class Normed:
     data: Stored
     weight: Stored
     bias: Stored
+    eps: float
 
     def rows(self, start: int, stop: int) -> Array:
         x, weight, bias = (
             np.asarray(t, np.float64) for t in (self.data.rows(start, stop), self.weight.read(), self.bias.read())
         )
         d = x - x.mean(-1, keepdims=True)
-        y: Array = (d / np.sqrt((d * d).mean(-1, keepdims=True) + 1e-5) * weight + bias).astype(np.float32)
+        y: Array = (d / np.sqrt((d * d).mean(-1, keepdims=True) + self.eps) * weight + bias).astype(np.float32)
         return y
 
 

@@ -37,6 +37,7 @@ class Inspection:
 
     what       kind of file
     column     what the recipes are: how tensors are stored, or how they would be
+    settings   of the model that are not the usual ones
     nbytes     of all weights by these recipes
     about      of a Core ML bundle: profile, state, T, packages, and the systems that it needs; of others nothing
     forecasts  what each recipe to choose from takes with onnxruntime, or the one that was asked for, or is stored
@@ -47,6 +48,7 @@ class Inspection:
     what: str
     column: str
     spec: dict[str, str | int]
+    settings: dict[str, float]
     n_parameters: int
     state_bytes: int
     rows: tuple[TensorRow, ...]
@@ -125,7 +127,8 @@ def _found(what: str, column: str, spec: Spec, plan: Plan) -> Inspection:
         TensorRow(name, 1, w.shape, w.kind, str(plan[name]), plan[name].nbytes(w.shape)) for name, w in spec.weights.items()
     )
     nbytes = sum(r.nbytes for r in rows)
-    return Inspection(what, column, spec.sizes, spec.n_parameters, spec.state_bytes, rows, nbytes, {}, (), (), {})
+    counts = spec.n_parameters, spec.state_bytes
+    return Inspection(what, column, spec.sizes, spec.unusual, *counts, rows, nbytes, {}, (), (), {})
 
 
 def _with_forecasts(found: Inspection, spec: Spec, plans: Mapping[str, Plan], memory: int | None, **about: Any) -> Inspection:

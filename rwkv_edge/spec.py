@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
@@ -40,10 +40,13 @@ class StateTensor:
 
 @dataclass(frozen=True)
 class Spec:
-    """Version, sizes, weights and state of one model.
+    """Version, sizes, weights, state and settings of one model.
 
-    weights  canonical name -> Weight, in the order in which a step reads them
-    state    what one layer carries; a whole state has these once per layer
+    weights        canonical name -> Weight, in the order in which a step reads them
+    state          what one layer carries; a whole state has these once per layer
+    norm_eps       of the layer norms; this one and the next two are the settings, with their usual values
+    head_norm_eps  of the norm of every head, ln_x
+    out_norm_eps   of the last layer norm, ln_out: some tools leave it as it is when they change the others
     """
 
     version: str
@@ -55,6 +58,24 @@ class Spec:
     n_vocab: int
     weights: Mapping[str, Weight]
     state: tuple[StateTensor, ...]
+    norm_eps: float = 1e-5
+    head_norm_eps: float = 64e-5
+    out_norm_eps: float = 1e-5
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What changes the numbers beside the weights; a manifest holds it after the sizes."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    @property
+    def unusual(self) -> dict[str, float]:
+        """The settings that are not the usual ones: they are part of what identifies a model."""
+        return {name: value for name, value in self.settings.items() if value != SETTINGS[name]}
+
+    @property
+    def unusual_text(self) -> str:
+        """The same for a person."""
+        return ", ".join(f"{name} {value:g}" for name, value in self.unusual.items())
 
     @property
     def sizes(self) -> dict[str, str | int]:
@@ -87,3 +108,7 @@ class Spec:
     def state_bytes(self) -> int:
         """Bytes of a whole state in float32."""
         return 4 * self.n_layer * sum(math.prod(t.shape) for t in self.state)
+
+
+SETTINGS = {f.name: float(f.default) for f in fields(Spec) if isinstance(f.default, float)}  # and their usual values
+EPS = (1e-12, 10.0)  # what an eps may be: smaller is nothing beside float32's rounding, larger leaves nothing of a norm

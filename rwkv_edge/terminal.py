@@ -78,6 +78,8 @@ def print_inspection(path: object, found: Any, tensors: bool) -> None:
     click.echo(f"{path}: RWKV-{spec['version']} {found.what}")
     sizes = "  ".join(f"{name} {value:,}" for name, value in spec.items() if name != "version")
     click.echo(f"{found.n_parameters:,} parameters  {sizes}")
+    if found.settings:
+        click.echo("unusual settings  " + "  ".join(f"{name} {value:g}" for name, value in found.settings.items()))
     click.echo(f"state {size(found.state_bytes)}{', in float16' if coreml else ''}\n")
     if found.about:
         about = found.about

@@ -305,7 +305,9 @@ def write_folder(folder: Path, w, dtype="bf16", n_shards=1, kind="safetensors", 
     if n_shards > 1:
         index = {"metadata": {"total_size": 1}, "weight_map": places}
         (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config or {"model_type": "rwkv"}))
+    # fla's and transformers' rule for the heads' norm is the official one at 64 channels only: this says the official eps
+    config = config or {"model_type": "rwkv", "group_norm_epsilon": 64e-5}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -9,18 +9,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from ..errors import CheckpointError
 from ..files import Normed, Product, Record, Stored
 from ..models import detect
-from ..spec import Shape, Spec
+from ..spec import SETTINGS, Shape, Spec
 from .gguf import read_gguf
-from .hf import WEIGHTS, find_weights, is_tied, join
+from .hf import WEIGHTS, find_weights, join, read_settings
 from .names import official, outputs_first
 from .pth import read_pth
 from .safetensors import read_safetensors
+from .settings import Settings, from_gguf, layout_of, read_quantized
 
 QUANTIZED = "rwkv-edge quantized"  # metadata key of our own quantized checkpoints
 
@@ -34,7 +36,7 @@ class Checkpoint:
     tensors  canonical name -> Stored, in the order in which a step reads them
     known_id the model's id where the file states it (our own quantized checkpoints), else None
     sha256   of such a file's data
-    notes    on what was merged into it
+    notes    on what was merged into it, and on its settings
     """
 
     path: Path
@@ -69,10 +71,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
     if QUANTIZED in metadata:
         return _quantized(path, records, metadata[QUANTIZED])
-    return _canonical(path, records)
+    return _canonical(path, records, metadata)
 
 
-def _read(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, Record], dict[str, Any]]:
     """Find every tensor of one file, and its metadata."""
     if not path.is_file():
         raise CheckpointError(f"{path} is no regular file")
@@ -83,7 +85,7 @@ def _read(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
     if magic[8:9] == b"{":
         return read_safetensors(path)
     if magic[:4] == b"GGUF":
-        return read_gguf(path), {}
+        return read_gguf(path)
     if magic[:1] == b"\x80":
         raise CheckpointError(f"{path} is a legacy torch file (before 1.6): load and save it once with torch.save")
     raise CheckpointError(f"{path} is neither a torch checkpoint (.pth) nor safetensors nor GGUF: give one of these")
@@ -97,27 +99,64 @@ def _open_folder(folder: Path) -> Checkpoint:
     shards = [(file, *_read(file)) for file in files]
     if not places and QUANTIZED in shards[0][2]:
         return _quantized(files[0], shards[0][1], shards[0][2][QUANTIZED])
-    return _canonical(folder, join([(file, held) for file, held, _ in shards], places))
+    return _canonical(folder, join([(file, held) for file, held, _ in shards], places), {})
 
 
-def _canonical(path: Path, records: dict[str, Record]) -> Checkpoint:
+def _canonical(path: Path, records: dict[str, Record], metadata: Mapping[str, Any]) -> Checkpoint:
     """Bring names and layouts to canonical ones: no axes of one, nothing stacked, matrices as (outputs, inputs)."""
     try:
+        layout = layout_of(records)
         records = official(records)
-        if path.is_dir() and "head.weight" not in records and "emb.weight" in records and is_tied(path):
-            records["head.weight"] = records["emb.weight"]
         model = detect(records)
-        tensors = canonical(model, records, exchanged=outputs_first(records))
-        spec: Spec = model.spec({name: t.shape for name, t in tensors.items()})
+        if "general.architecture" in metadata:
+            settings = from_gguf(path, metadata)
+        else:
+            settings = read_settings(path, layout, _sizes(records), model.VERSIONS[0])
+        if settings.tied and "head.weight" not in records and "emb.weight" in records:
+            records["head.weight"] = records["emb.weight"]
+        if not settings.norm_bias:
+            records |= _zero_biases(records, settings)
+        tensors = canonical(model, records, exchanged=outputs_first(records), norm_eps=settings.norm_eps)
+        spec = settings.of(model.spec({name: t.shape for name, t in tensors.items()}))
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
-    return Checkpoint(path, spec, {name: tensors[name] for name in spec.weights})
+    notes = settings.notes
+    if spec.unusual and settings.source:
+        notes += (f"{settings.source.name} has settings that are not the usual ones: {spec.unusual_text}",)
+    return Checkpoint(path, spec, {name: tensors[name] for name in spec.weights}, notes=notes)
 
 
-def canonical(model: ModuleType, records: Mapping[str, Record], *, exchanged: bool = False) -> dict[str, Stored]:
+def _sizes(records: Mapping[str, Record]) -> dict[str, int]:
+    """What config.json may say of the tensors, by its names."""
+    if "emb.weight" not in records:
+        return {}  # which is an error of its own
+    V, C = (*records["emb.weight"].shape, 0)[:2]
+    layers = {name.split(".")[1] for name in records if name.startswith("blocks.")}
+    sizes = {"vocab_size": V, "hidden_size": C, "num_hidden_layers": len(layers)}
+    r_k = records.get("blocks.0.att.r_k")
+    return sizes | ({"head_dim": r_k.shape[-1]} if r_k else {})
+
+
+def _zero_biases(records: Mapping[str, Record], settings: Settings) -> dict[str, Record]:
+    """The biases of layer norms that have none: zeros, that stand in no file. The norm of the heads has its own."""
+    assert settings.source is not None
+    biases = {}
+    for name, record in records.items():
+        if not re.fullmatch(r"(blocks\.\d+\.ln[012]|ln_out)\.(weight|bias)", name):
+            continue
+        if name.endswith(".bias"):
+            raise CheckpointError(f"{settings.source} has norm_bias false, but there is a {name}: expected no such tensor")
+        biases[name.removesuffix("weight") + "bias"] = Record(settings.source, 0, "F32", record.shape, factor=0.0)
+    return biases
+
+
+def canonical(
+    model: ModuleType, records: Mapping[str, Record], *, exchanged: bool = False, norm_eps: float = SETTINGS["norm_eps"]
+) -> dict[str, Stored]:
     """Give tensors by official names their canonical shapes, without those that no step reads.
 
     exchanged  the time mix's low-rank factors are (outputs, inputs) in the file already
+    norm_eps   of the norm of the embedding, which RWKV-7a's tables contain
     """
     tensors: dict[str, Stored] = {}
     for name, record in records.items():
@@ -129,15 +168,15 @@ def canonical(model: ModuleType, records: Mapping[str, Record], *, exchanged: bo
             transposed = inputs_first and len(flat.shape) == 2
             tensors[part] = Stored(part, flat.shape[::-1] if transposed else flat.shape, flat, transposed)
     for name in [n for n in tensors if n.endswith(".s_emb_x.weight")]:
-        _add_embedding(tensors, name)
+        _add_embedding(tensors, name, norm_eps)
     return tensors
 
 
-def _add_embedding(tensors: dict[str, Stored], name: str) -> None:
+def _add_embedding(tensors: dict[str, Stored], name: str, norm_eps: float) -> None:
     """RWKV-7a: every table has a part that follows from the embedding, s_emb + LayerNorm(emb; ln0) s_emb_x^T."""
     x, table, norm = tensors.pop(name), name.replace("s_emb_x", "s_emb"), "blocks.0.ln0."
     try:
-        normed = Normed(tensors["emb.weight"], tensors[f"{norm}weight"], tensors[f"{norm}bias"])
+        normed = Normed(tensors["emb.weight"], tensors[f"{norm}weight"], tensors[f"{norm}bias"], norm_eps)
         (V, n), (_, C) = tensors[table].shape, normed.data.shape
     except (KeyError, ValueError) as e:
         raise CheckpointError(f"{name} needs emb.weight, blocks.0.ln0 and {table}, and one of them is missing") from e
@@ -183,7 +222,9 @@ def _quantized(path: Path, records: dict[str, Record], text: str) -> Checkpoint:
             tensors[name].validate()
             if t["method"] not in (None, "rtn") or (t["method"] is None) != (t["block"] is None):
                 raise ValueError(f"{name} was quantized by {t['method']!r}")
-        spec: Spec = detect(tensors).spec({name: t.shape for name, t in tensors.items()})
+        spec: Spec = replace(
+            detect(tensors).spec({name: t.shape for name, t in tensors.items()}), **read_quantized(about["settings"])
+        )
         wrong = next((n for n, w in spec.weights.items() if w.kind == "vector" and tensors[n].bits != 32), None)
         if wrong:
             raise ValueError(f"{wrong} is a vector of {tensors[wrong].bits} bits")
@@ -209,9 +250,13 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 class ModelId:
-    """The sha256 of a model, whatever its container and order: over every tensor's name, shape and float32 bytes."""
+    """The sha256 of a model, whatever its container and order: over every tensor's name, shape and float32 bytes.
 
-    def __init__(self) -> None:
+    Settings that are not the usual ones are part of it.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self._settings = json.dumps(spec.unusual, sort_keys=True).encode() if spec.unusual else b""
         self._tensors: dict[str, hashlib._Hash] = {}
 
     def update(self, name: str, shape: Shape, rows: np.ndarray) -> None:
@@ -221,7 +266,8 @@ class ModelId:
         self._tensors[name].update(np.ascontiguousarray(rows, "<f4").data)
 
     def hexdigest(self) -> str:
-        return hashlib.sha256(b"".join(self._tensors[n].digest() for n in sorted(self._tensors))).hexdigest()
+        digests = [self._tensors[n].digest() for n in sorted(self._tensors)]
+        return hashlib.sha256(b"".join([*digests, self._settings])).hexdigest()
 
 
 def model_id(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
@@ -232,7 +278,7 @@ def model_id(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
     if checkpoint.known_id is not None:
         verify(checkpoint)
         return checkpoint.known_id
-    total, done, digest = checkpoint.spec.n_parameters, 0, ModelId()
+    total, done, digest = checkpoint.spec.n_parameters, 0, ModelId(checkpoint.spec)
     for name, t in checkpoint.tensors.items():
         for start in range(0, t.shape[0], t.rows_per_read):
             rows = t.rows(start, min(start + t.rows_per_read, t.shape[0]))

@@ -59,14 +59,15 @@ _TABLES: dict[str, Table] = {
 _DIVIDED = re.compile(r"blocks\.(\d+)\.(att\.output|ffn\.value)\.weight")  # of RWKV-6, by 2 every few layers
 
 
-def read_gguf(path: Path) -> dict[str, Record]:
-    """Find every tensor under its official name; matrices are (outputs, inputs), low-rank factors too.
+def read_gguf(path: Path) -> tuple[dict[str, Record], dict[str, Any]]:
+    """Find every tensor under its official name, and the metadata; matrices are (outputs, inputs), low-rank factors too.
 
     Raises  CheckpointError if the header is damaged, the architecture is another one, or a type needs the gguf package.
     """
     try:
         with open(path, "rb") as f:
-            return _official(*_Header(path, f).read())
+            about, records = _Header(path, f).read()
+            return _official(about, records), about
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
     except OSError as e:

@@ -1,15 +1,17 @@
 """Hugging Face folders: one weights file, or shards that an index lists. Nothing is downloaded.
 
-config.json is asked for one thing that names and shapes cannot tell: whether a missing head is the embedding.
+config.json is asked for what names and shapes cannot tell, see settings.py.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from ..files import Record
 from .safetensors import unique
+from .settings import Settings, contradiction, describes, from_config, without_config
 
 _MAX_JSON = 1 << 24  # a 14B model's index has 100 kB
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is taken, as transformers does
@@ -64,10 +66,34 @@ def join(shards: list[tuple[Path, dict[str, Record]]], places: dict[str, str]) -
     return records
 
 
-def is_tied(folder: Path) -> bool:
-    """Tell whether config.json says that the head is the embedding."""
-    config = folder / "config.json"
-    return _exists(config) and _read_json(config).get("tie_word_embeddings") is True
+def read_settings(path: Path, layout: str, sizes: Mapping[str, int], version: str) -> Settings:
+    """Read the config.json of a folder, or the one beside a file if it describes that file.
+
+    A folder's own must fit the tensors. One that lies beside a file may be anything's: it is read if the file has the names
+    of a Hugging Face layout, or is called as such a folder's weights are, and if config.json says that it is of an RWKV of
+    this version, width, vocabulary and number of layers.
+    """
+    file = path / "config.json" if path.is_dir() else path.with_name("config.json")
+    if path.is_dir():
+        if not _exists(file):
+            return without_config(layout, f"{path.name} has no config.json")
+        config = _read_json(file)
+        wrong = contradiction(config, sizes, version)
+        if wrong:
+            raise CheckpointError(f"{file} {wrong}: it is another model's, or damaged. Download it again")
+        return from_config(file, config, layout)
+    if layout == "official" and path.name not in WEIGHTS:
+        return Settings()
+    if not _exists(file):
+        return without_config(layout, f"no config.json lies beside {path.name}")
+    try:
+        config = _read_json(file)
+        reason = describes(config, sizes, version)
+    except CheckpointError:
+        config, reason = {}, "cannot be read"
+    if reason:
+        return without_config(layout, f"the config.json beside {path.name} {reason}, so it is not used")
+    return from_config(file, config, layout)
 
 
 def _exists(file: Path) -> bool:

@@ -79,6 +79,13 @@ def factor(spec: Spec, name: str) -> float:
     return next((f for end, f in ends.items() if name.endswith(end)), 1.0)
 
 
+def held_eps(spec: Spec) -> dict[str, float]:
+    """What float16 makes of the settings' eps: as the graph has them, without their scale."""
+    scales = Scales.of(spec)
+    at = {"norm_eps": scales.residual, "head_norm_eps": scales.heads, "out_norm_eps": scales.residual}
+    return {name: _eps(eps, at[name]) / at[name] ** 2 for name, eps in spec.settings.items()}
+
+
 def wkv_form(spec: Spec) -> str:
     """Which of a model's forms of the WKV is recorded: its own for float16, or the paper's line."""
     return "half_step" if "half_step" in model_of(spec.version).WKV else "step"

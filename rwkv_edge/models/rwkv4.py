@@ -38,18 +38,18 @@ def step(
     Returns  logits (P, V), and the state in the same form.
     """
     new: dict[str, Any] = {}
-    x = F.layer_norm(F.embed(W["emb.weight"], tokens), W["blocks.0.ln0.weight"], W["blocks.0.ln0.bias"], eps=1e-5)
+    x = F.layer_norm(F.embed(W["emb.weight"], tokens), W["blocks.0.ln0.weight"], W["blocks.0.ln0.bias"], eps=spec.norm_eps)
     for i in range(spec.n_layer):
         block = Prefix(W, f"blocks.{i}.")
-        z = F.layer_norm(x, block["ln1.weight"], block["ln1.bias"], eps=1e-5)
+        z = F.layer_norm(x, block["ln1.weight"], block["ln1.bias"], eps=spec.norm_eps)
         S = tuple(state[f"{i}.{name}"] for name in ("aa", "bb", "pp"))
         z, new[f"{i}.att_x"], S = time_mix(F, Prefix(W, f"blocks.{i}.att."), z, state[f"{i}.att_x"], S)
         new[f"{i}.aa"], new[f"{i}.bb"], new[f"{i}.pp"] = S
         x = x + z
-        z = F.layer_norm(x, block["ln2.weight"], block["ln2.bias"], eps=1e-5)
+        z = F.layer_norm(x, block["ln2.weight"], block["ln2.bias"], eps=spec.norm_eps)
         z, new[f"{i}.ffn_x"] = channel_mix(F, Prefix(W, f"blocks.{i}.ffn."), z, state[f"{i}.ffn_x"])
         x = x + z
-    x = F.layer_norm(F.take_tokens(x, positions), W["ln_out.weight"], W["ln_out.bias"], eps=1e-5)
+    x = F.layer_norm(F.take_tokens(x, positions), W["ln_out.weight"], W["ln_out.bias"], eps=spec.out_norm_eps)
     return F.rows(F.linear(x, W["head.weight"])), new
 
 

@@ -39,22 +39,22 @@ def step(
     Returns  logits (P, V), and the state in the same form.
     """
     new: dict[str, Any] = {}
-    x = F.layer_norm(F.embed(W["emb.weight"], tokens), W["blocks.0.ln0.weight"], W["blocks.0.ln0.bias"], eps=1e-5)
+    x = F.layer_norm(F.embed(W["emb.weight"], tokens), W["blocks.0.ln0.weight"], W["blocks.0.ln0.bias"], eps=spec.norm_eps)
     for i in range(spec.n_layer):
         block = Prefix(W, f"blocks.{i}.")
-        z = F.layer_norm(x, block["ln1.weight"], block["ln1.bias"], eps=1e-5)
+        z = F.layer_norm(x, block["ln1.weight"], block["ln1.bias"], eps=spec.norm_eps)
         z, new[f"{i}.att_x"], new[f"{i}.wkv"] = time_mix(
-            F, Prefix(W, f"blocks.{i}.att."), z, state[f"{i}.att_x"], state[f"{i}.wkv"]
+            F, Prefix(W, f"blocks.{i}.att."), spec, z, state[f"{i}.att_x"], state[f"{i}.wkv"]
         )
         x = x + z
-        z = F.layer_norm(x, block["ln2.weight"], block["ln2.bias"], eps=1e-5)
+        z = F.layer_norm(x, block["ln2.weight"], block["ln2.bias"], eps=spec.norm_eps)
         z, new[f"{i}.ffn_x"] = channel_mix(F, Prefix(W, f"blocks.{i}.ffn."), z, state[f"{i}.ffn_x"])
         x = x + z
-    x = F.layer_norm(F.take_tokens(x, positions), W["ln_out.weight"], W["ln_out.bias"], eps=1e-5)
+    x = F.layer_norm(F.take_tokens(x, positions), W["ln_out.weight"], W["ln_out.bias"], eps=spec.out_norm_eps)
     return F.rows(F.linear(x, W["head.weight"])), new
 
 
-def time_mix(F: Any, W: Any, x: Any, x_last: Any, S: Any) -> tuple[Any, Any, Any]:
+def time_mix(F: Any, W: Any, spec: Spec, x: Any, x_last: Any, S: Any) -> tuple[Any, Any, Any]:
     """Mix along time: read the memory with r, let it decay, write v at k."""
     p, x_last = F.token_shift(x, x_last)
 
@@ -80,7 +80,7 @@ def time_mix(F: Any, W: Any, x: Any, x_last: Any, S: Any) -> tuple[Any, Any, Any
     # y = S r + (r . (u k)) v,   y <- GroupNorm(y) silu(g)
     y, S = WKV[F.wkv_form](F, S, r, ln_w, k, v)
     y = y + F.sum(r * k * W["time_faaaa"]) * v
-    y = F.head_norm(y, W["ln_x.weight"], W["ln_x.bias"], eps=64e-5)
+    y = F.head_norm(y, W["ln_x.weight"], W["ln_x.bias"], eps=spec.head_norm_eps)
     return F.linear(F.merge_heads(y) * (g * F.sigmoid(g)), W["output.weight"]), x_last, S
 
 
