@@ -93,7 +93,7 @@ load_state_option = click.option(
 lora_option = click.option(
     "--lora",
     metavar="FILE[:ALPHA]",
-    help="Merge a LoRA into the checkpoint, with the alpha it was trained with.  [default: none; ALPHA: what the file says]",
+    help="Merge a LoRA, PiSSA or MiSS. ALPHA: the alpha of a LoRA; of a PiSSA, its init_pissa.pth.  [default: what lies beside]",
 )
 checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))

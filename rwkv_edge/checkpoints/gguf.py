@@ -122,8 +122,8 @@ class _Header:
             about[key] = self.value(*self.numbers("I"))
         if about.get("general.type", "model") != "model":
             raise CheckpointError(
-                f"general.type is {about['general.type']!r}, expected 'model': give the model itself; of a LoRA (adapter), give "
-                "the file that it was made from, .pth or safetensors, with --lora"
+                f"general.type is {about['general.type']!r}, expected 'model': give the model. Of a LoRA (adapter), give "
+                "the .pth or safetensors that it was made from, with --lora"
             )
         architecture, parts = about.get("general.architecture"), about.get("split.count", 1)
         if architecture not in _TABLES:

@@ -317,14 +317,16 @@ _NAMES = {
 }
 
 
+# tensors of torch's that are no array of numbers: quantized, sparse, or of a class of their own, such as torchao's
+_SPECIAL = re.compile(r"torch\.(_utils\._rebuild_(q|sparse_|nested_|wrapper_)\w+|_tensor\._rebuild_from_type_v2)")
 _DTYPES = re.compile(r"u?int\d+|b?float\d+\w*|bool|complex\d+|q?u?int\d+|half|double")  # torch.float8_e4m3fn and the like
 # objects of trainers and of torch that do nothing when they are loaded: told from what may be malicious, and never made
 _HARMLESS = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.\w*Path|datetime\.\w+|collections\.(defaultdict|Counter|deque)"
-    r"|_codecs\.encode|copy_?reg\._reconstructor|(__builtin__|builtins)\.(object|dict|list|int|float|str|bool)"
+    r"|_codecs\.encode|copy_?reg\._reconstructor|(__builtin__|builtins)\.(object|dict|list|int|long|float|str|bool)"
     r"|numpy\.(dtype|ndarray)|numpy\.(_core|core)\.multiarray\.(scalar|_reconstruct)"
     r"|(pytorch_lightning|lightning|lightning_fabric|omegaconf|transformers|accelerate|deepspeed|peft|fla)\.([\w.]+\.)?[A-Z]\w*"
-    r"|torch\.(nn|optim)\.[\w.]+\.[A-Z]\w*|torch\._utils\._rebuild_(q|sparse_|wrapper_)\w+|torch\._tensor\._rebuild_from_type_v2"
+    r"|torch\.(nn|optim)\.[\w.]+\.[A-Z]\w*"
     r"|(__main__|src|model|models|rwkv\w*|train|trainer)\.([\w.]+\.)?[A-Z]\w*"
 )
 
@@ -341,6 +343,11 @@ def _name(module: Any, name: Any) -> _Name | _Foreign:
     storage = module in ("torch", "torch.storage") and name.endswith("Storage")
     if (module, name) in _NAMES or storage or (module == "torch" and _DTYPES.fullmatch(name)):
         return _Name(module, name)
+    if _SPECIAL.fullmatch(f"{module}.{name}"):
+        raise CheckpointError(
+            f"it holds tensors that are quantized, sparse or of a class of their own ({module}.{name}): give the original "
+            "checkpoint, not quantized"
+        )
     if not _HARMLESS.fullmatch(f"{module}.{name}"):
         raise CheckpointError(f"its pickle asks for {module}.{name}, which no weights need: it may be malicious")
     return _Foreign(module, name)
