@@ -93,7 +93,8 @@ load_state_option = click.option(
 lora_option = click.option(
     "--lora",
     metavar="FILE[:ALPHA]",
-    help="Merge a LoRA, PiSSA or MiSS. ALPHA: the alpha of a LoRA; of a PiSSA, its init_pissa.pth.  [default: what lies beside]",
+    help="Merge a LoRA, PiSSA or MiSS. ALPHA is a LoRA's alpha, or a PiSSA's init_pissa.pth.  [default: none; ALPHA: what lies "
+    "beside]",
 )
 checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))

@@ -19,7 +19,7 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
     (rb"version https://(git-lfs|hawser)\.", "is a Git LFS pointer, not the file itself", "run git lfs pull, or " + _DOWNLOAD),
     (rb"(?i)\s*(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)", "is a web page (HTML)", _DOWNLOAD + ", not its page"),
     (rb"\s*<(\?xml|Error>)", "is an XML document, as a server's error is", _DOWNLOAD),
-    (rb'\s*\{\s*"error"|(Entry|Repository|Not) [Ff]ound|Invalid username', "is a server's error message", _DOWNLOAD),
+    (rb'\s*\{\s*"error"|(Entry |Repository )?[Nn]ot [Ff]ound|Invalid username', "is a server's error message", _DOWNLOAD),
     (rb"\x1f\x8b", "is a gzip archive", _UNPACK),
     (rb"BZh[1-9]", "is a bzip2 archive", _UNPACK),
     (rb"\xfd7zXZ\0", "is an xz archive", _UNPACK),

@@ -110,7 +110,7 @@ def _how_to_save(path: Path, content: Any, foreign: "_Foreign") -> str:
     weights = f"[{key!r}]" if key else "" if isinstance(content, dict) else ".state_dict()"
     what = "a training checkpoint" if isinstance(content, dict) else "a whole Python object"
     return (
-        f"{what}, not weights alone: its pickle holds a {foreign.module}.{foreign.name}. If you trust the file, save "
+        f"{what}, not weights alone: its pickle holds {foreign.module}.{foreign.name}. If you trust the file, save "
         f"the weights alone: torch.save(torch.load({path.name!r}, weights_only=False){weights}, 'weights.pth')"
     )
 
