@@ -95,7 +95,8 @@ load_state_option = click.option(
 lora_option = click.option(
     "--lora",
     metavar="FILE[:ALPHA]",
-    help="Merge a LoRA into the checkpoint, with the alpha it was trained with.  [default: none; ALPHA: what the file says]",
+    help="Merge a LoRA, PiSSA or MiSS. ALPHA is a LoRA's alpha, or a PiSSA's init_pissa.pth.  [default: none; ALPHA: what lies "
+    "beside]",
 )
 checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))

@@ -27,7 +27,7 @@ from .bundle import (
     why_not_replace,
 )
 from .checkpoints import QUANTIZED, Checkpoint, ModelId, open_checkpoint, verify
-from .checkpoints.initial_state import read_initial_state
+from .checkpoints.initial_state import first_state
 from .checkpoints.lora import with_lora
 from .checkpoints.safetensors import header
 from .errors import ExportError, InputError, OutputError, QuantizeError
@@ -129,7 +129,17 @@ def quantize(
         name: {"shape": list(w.shape), "bits": plan[name].bits, "block": plan[name].block, "method": plan[name].method}
         for name, w in source.spec.weights.items()
     }
-    about = {"format": 1, "model_id": "0" * 64, "sha256": "0" * 64, "settings": source.spec.settings, "tensors": table}
+    first, notes = first_state(source, None)
+    state = {f"blocks.{i}.att.time_state": first[f"{i}.wkv"] for i in range(source.spec.n_layer)} if first else {}
+    entries |= {name: ("F32", S.shape) for name, S in state.items()}
+    # an earlier release would lose a tuned state without a word: 2
+    about: dict[str, Any] = {
+        "format": 2 if state else 1,
+        "model_id": "0" * 64,
+        "sha256": "0" * 64,
+        "settings": source.spec.settings,
+        "tensors": table,
+    }
     read = {t.data.path for t in source.tensors.values()}  # of a folder, its shards
     if output.exists() and any(os.path.samefile(file, output) for file in read):
         raise OutputError(f"{output} is the checkpoint itself: choose another output")
@@ -141,10 +151,12 @@ def quantize(
         f.write(head())
         hashed = _Hashing(f)
         about["model_id"] = model_id = _write_tensors(source, plan, [(hashed, None)], progress)
+        for S in state.values():
+            hashed.write(S.astype("<f4").tobytes())
         about["sha256"] = hashed.sha256.hexdigest()
         f.seek(0)
         f.write(head())  # of the same length: only the ids are known later
-    return Written(output, output.stat().st_size, bits_per_weight(source.spec, plan), model_id, source.notes)
+    return Written(output, output.stat().st_size, bits_per_weight(source.spec, plan), model_id, (*source.notes, *notes))
 
 
 def export(
@@ -172,7 +184,8 @@ def export(
     quant, block, overrides  see rwkv_edge.quantize.plan; None is int4, or what a quantized checkpoint brings
     lora       a LoRA to merge before rounding, W + (alpha / r) B A, as FILE, or FILE:ALPHA where it does not say its alpha;
                the merged model is another model, with a model_id of its own
-    initial_state  a state-tuned file, `blocks.0.att.time_state` and so on: every text begins from it
+    initial_state  a state-tuned file, `blocks.0.att.time_state` and so on: every text begins from it; None is the one that
+               the checkpoint's own file holds, if any
     wkv        "attention" (onnxruntime's operator, the fastest; None), "plain" (plain operations), "step" (one token a call)
     target     "onnx", or "coreml": packages for macOS 15 and iOS 18, in float16; quants: see rwkv_edge.quantize.coreml_plan
     profile    with coreml, the unit it is laid out for: "ane", the Neural Engine (None), or "gpu"
@@ -200,7 +213,7 @@ def export(
     else:
         plan = _plan(source, quant, block, overrides)
     verify(source)
-    first = read_initial_state(initial_state, spec) if initial_state else None
+    first, state_notes = first_state(source, initial_state)
     tokenizer_file, tokenizer_about = _tokenizer(source, tokenizer)
     ids = _calibration(plan, calibrate, tokenizer_file, tokenizer_about) if calibrate is not None else []
     if ids:
@@ -208,7 +221,7 @@ def export(
     if target == "coreml":
         beyond = [name for name, x in (first or {}).items() if np.abs(x).max() > np.finfo(np.float16).max]
         if beyond:
-            raise ExportError(f"{initial_state}: {beyond[0]} is beyond float16, in which Core ML keeps states")
+            raise ExportError(f"{initial_state or source.path}: {beyond[0]} is beyond float16, in which Core ML keeps states")
         made = _coreml_graphs(source, plan, profile or "ane", coreml_state or "explicit", part_bytes)
     else:
         made = _onnx_graphs(source, plan, wkv or "attention")
@@ -262,7 +275,7 @@ def export(
         (folder / MANIFEST).write_bytes(dump_manifest(manifest))
         nbytes = sum(file.stat().st_size for file in _files(folder))
         read_bundle(folder, verify=False)  # what we write, we can read
-    notes = [*source.notes, *(_eps_notes(spec) if target == "coreml" else [])]
+    notes = [*source.notes, *state_notes, *(_eps_notes(spec) if target == "coreml" else [])]
     if not tokenizer_file:
         missing = "no tokenizer" if tokenizer else f"no tokenizer.json beside {source.path.name}"
         notes.append(f"{missing}: the bundle takes and gives token ids")

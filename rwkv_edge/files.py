@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,12 @@ from .errors import CheckpointError, InputError, OutputError
 from .qtensor import BLOCKS, Array, Lut, QTensor, Recipe, unpack_bits
 from .spec import Shape
 
-# by safetensors' names; bfloat16 is read as its 16 bits and widened
+# by safetensors' names, weights and our own codes; bfloat16 is read as its 16 bits and widened
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
+    "F64": np.dtype("<f8"),
     "U8": np.dtype("u1"),
     "I8": np.dtype("i1"),
 }
@@ -120,7 +121,7 @@ class Stored:
     transposed  the file has the inputs first
     block       of a quantized matrix, weights along the inputs that share a scale
     rows_per_table  of a matrix of indices, whose tables are in place of the scales
-    plus        what an adapter adds
+    plus        what adapters add
     """
 
     name: str
@@ -131,7 +132,7 @@ class Stored:
     block: int | None = None
     scales: Record | None = None
     method: str | None = None
-    plus: "Product | None" = None
+    plus: "tuple[Delta, ...]" = ()
     rows_per_table: int | None = None
 
     def validate(self) -> None:
@@ -205,14 +206,26 @@ class Stored:
             return QTensor.unpack(codes, scales, bits=self.bits, block=self.block, n_in=self.shape[1])
         # only low-rank factors are transposed: small
         x = self.data.rows(0, self.data.shape[0]).T[start:stop] if self.transposed else self.data.rows(start, stop)
-        x = np.ascontiguousarray(x, np.float32)
+        with np.errstate(over="ignore"):  # of float64: found below
+            x = np.ascontiguousarray(x, np.float32)
         if not np.isfinite(x).all():
             row, *rest = (int(i) for i in np.argwhere(~np.isfinite(x))[0])
             raise CheckpointError(
                 f"{self.data.path}: {self.name} holds a {x[(row, *rest)]} at {[row + start, *rest]}: "
                 "the file is damaged or the training diverged"
             )
-        return self.plus.added(x, start, self.name) if self.plus else x
+        return self._added(x, start) if self.plus else x
+
+    def _added(self, x: Array, start: int) -> Array:
+        """Add what adapters add to the rows from `start`, in float64, rounded once."""
+        total = x.astype(np.float64)
+        with np.errstate(over="ignore"):
+            for delta in self.plus:
+                total += delta.of(x, start)
+            rounded = total.astype(np.float32)
+        if not np.isfinite(rounded).all():
+            raise CheckpointError(f"{self.plus[0].path}: {self.name} overflows with it: {self.plus[0].doubt}")
+        return rounded
 
     @property
     def rows_per_read(self) -> int:
@@ -269,36 +282,58 @@ class Normed:
         return y
 
 
+class Delta(Protocol):
+    """What is added to a matrix (O, I).
+
+    path   the file that it is from
+    doubt  what to look at if the sum is beyond float32
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def doubt(self) -> str: ...
+
+    def of(self, x: Array, start: int) -> npt.NDArray[np.float64]:
+        """Give what is added to the rows x of the matrix, from `start`."""
+
+
 @dataclass(frozen=True)
 class Product:
-    """What is added to a matrix (O, I): scale left right, of (O, r) and (r, I); a LoRA, or part of a DeepEmbed table."""
+    """scale left right, of (O, r) and (r, I): a LoRA, or part of a DeepEmbed table."""
 
     left: Stored | Normed
     right: Stored
     scale: float
 
-    def added(self, x: Array, start: int, name: str) -> Array:
-        """Add it to the rows of a matrix from `start`.
+    @property
+    def path(self) -> Path:
+        return self.right.data.path
 
-        Both factors are rounded so that every sum of their products is exact in float64, in any order: the same bytes on
-        every machine, however many rows are read at once.
+    @property
+    def doubt(self) -> str:
+        return f"is alpha right, {self.scale:g} times r?"
 
-        Error   of a product in the sum, 2^-23 of the largest that its row and column could make, at ranks up to 128; none for
-            bfloat16 factors within 2^-15 of these
-        Raises  CheckpointError if the sum is beyond float32.
-        """
+    def of(self, x: Array, start: int) -> npt.NDArray[np.float64]:
         left, right = self.left.rows(start, start + len(x)), self.right.read()
         assert isinstance(left, np.ndarray)
         assert isinstance(right, np.ndarray)
-        bits = (53 - math.ceil(math.log2(len(right)))) // 2
-        with np.errstate(over="ignore"):
-            exact = _round(left, bits, axis=1) @ _round(right, bits, axis=0)
-            exact *= self.scale
-            exact += x
-            total = exact.astype(np.float32)
-        if not np.isfinite(total).all():
-            raise CheckpointError(f"{self.right.data.path}: {name} overflows with it: is alpha right, {self.scale:g} times r?")
-        return total
+        return exact_product(left, right) * self.scale
+
+
+def exact_product(left: Array, right: Array) -> npt.NDArray[np.float64]:
+    """Multiply matrices, (rows, r) and (r, columns), or stacks of them.
+
+    Both are rounded so that every sum of their products is exact in float64, in any order: the same bytes on every machine,
+    however many rows are read at once.
+
+    Error  of a product in the sum, 2^-23 of the largest that its row and column could make, at r up to 128; none for bfloat16
+           numbers within 2^-15 of these
+    """
+    bits = (53 - math.ceil(math.log2(right.shape[-2]))) // 2
+    product: npt.NDArray[np.float64] = _round(left, bits, axis=-1) @ _round(right, bits, axis=-2)
+    return product
 
 
 def _round(x: Array, bits: int, axis: int) -> npt.NDArray[np.float64]:

@@ -2,11 +2,13 @@
 
 import ast
 import codecs
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
+from . import magic
 from .errors import InputError
 
 # what checkpoints with a tokenizer.json call the end of a text
@@ -216,4 +218,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
     Raises  InputError if it is neither.
     """
+    with contextlib.suppress(OSError):  # of a file that cannot be read, its reader says more
+        if why := magic.explain(magic.read_head(path)):
+            raise InputError(f"{path} {why}")
     return World(path) if path.suffix == ".txt" else Json(path)

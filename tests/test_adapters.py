@@ -209,7 +209,7 @@ def test_what_transformers_and_fla_call_the_linear_layers(theirs, ours, odd, tmp
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft_type": "LOHA"}, "is of a LOHA adapter: only LORA can be merged"),
+        ({"peft_type": "LOHA"}, "is of a LOHA adapter: only LORA, BONE, MISS can be merged"),
         ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights 'pissa_niter_4', which changed the model too"),
         ({"use_dora": True}, "has use_dora True, which is not supported: merge it with peft"),
         ({"alpha_pattern": {"key": 3}}, "has alpha_pattern {'key': 3}, which is not supported: merge it with peft"),

@@ -139,7 +139,7 @@ def test_files_that_are_not_there_or_not_checkpoints(tmp_path):
     assert refused(tmp_path / "none.pth") == f"{tmp_path / 'none.pth'} does not exist"
     assert refused(tmp_path) == f"{tmp_path} is a folder without a checkpoint ({known}): give the checkpoint"
     contents = {
-        "": "is neither a torch checkpoint (.pth) nor safetensors",
+        "": "is empty: download it again",
         "hello": "is neither a torch checkpoint (.pth) nor safetensors",
         "GGUF....": "is damaged or cut short",
     }

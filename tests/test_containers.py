@@ -390,7 +390,7 @@ def one(name, **entry):
         (st_file(lambda w: w["blocks.1.att.w1"].__setitem__((2, 3), np.nan)), "blocks.1.att.w1 holds a nan at [2, 3]"),
         (st_file(lambda w: w.update({"blocks.0.att.time_mix_x": np.ones((1, 1, 64))})), "blocks.0.att.time_maa_x"),
         (st_file(lambda w: w.update({"blocks.0.att.key.lora.0": np.ones((4, 64))})), "LoRA, as web-rwkv wants it"),
-        (one("emb.weight", dtype="F64"), "is stored as F64"),
+        (one("emb.weight", dtype="I16"), "is stored as I16"),
         (one("emb.weight", shape=[1 << 60, 1 << 60]), "does not fit the file"),
         (one("emb\r\nweight"), "a name is 'emb\\r\\nweight'"),
         (st_header(b'{"a":' * 3000 + b"1" + b"}" * 3000), "damaged header"),

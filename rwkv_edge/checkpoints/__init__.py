@@ -4,12 +4,10 @@ import hashlib
 import json
 import re
 import struct
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -17,14 +15,12 @@ from ..errors import CheckpointError
 from ..files import Normed, Product, Record, Stored
 from ..models import detect
 from ..spec import SETTINGS, Shape, Spec
-from .gguf import read_gguf
+from .container import QUANTIZED, Held, read_file
 from .hf import WEIGHTS, find_weights, join, read_settings
-from .names import official, outputs_first
-from .pth import read_pth
-from .safetensors import read_safetensors
+from .names import by_heads, official, outputs_first, tuned_state
 from .settings import Settings, from_gguf, layout_of, read_quantized
 
-QUANTIZED = "rwkv-edge quantized"  # metadata key of our own quantized checkpoints
+__all__ = ["QUANTIZED", "Checkpoint", "ModelId", "canonical", "model_id", "open_checkpoint", "verify"]
 
 Progress = Callable[[int, int], None]
 
@@ -36,7 +32,8 @@ class Checkpoint:
     tensors  canonical name -> Stored, in the order in which a step reads them
     known_id the model's id where the file states it (our own quantized checkpoints), else None
     sha256   of such a file's data
-    notes    on what was merged into it, and on its settings
+    notes    on what was read in an unusual way, left out, or merged into it, and on its settings
+    initial_state  the tuned state that stands among the weights, by names of a whole state: `{layer}.wkv`; or None
     """
 
     path: Path
@@ -45,6 +42,7 @@ class Checkpoint:
     known_id: str | None = None
     sha256: str | None = None
     notes: tuple[str, ...] = ()
+    initial_state: Mapping[str, Stored] | None = None
 
     @property
     def quantized(self) -> bool:
@@ -66,29 +64,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             return _open_folder(path)
         if not path.exists():
             raise CheckpointError(f"{path} does not exist")
-        records, metadata = _read(path)
+        held = read_file(path)
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
-    if QUANTIZED in metadata:
-        return _quantized(path, records, metadata[QUANTIZED])
-    return _canonical(path, records, metadata)
-
-
-def _read(path: Path) -> tuple[dict[str, Record], dict[str, Any]]:
-    """Find every tensor of one file, and its metadata."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no regular file")
-    with open(path, "rb") as f:
-        magic = f.read(9)
-    if magic[:2] == b"PK":
-        return read_pth(path), {}
-    if magic[8:9] == b"{":
-        return read_safetensors(path)
-    if magic[:4] == b"GGUF":
-        return read_gguf(path)
-    if magic[:1] == b"\x80":
-        raise CheckpointError(f"{path} is a legacy torch file (before 1.6): load and save it once with torch.save")
-    raise CheckpointError(f"{path} is neither a torch checkpoint (.pth) nor safetensors nor GGUF: give one of these")
+    if QUANTIZED in held.metadata:
+        return _quantized(path, held.records, held.metadata[QUANTIZED])
+    return _canonical(path, held)
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -96,20 +77,23 @@ def _open_folder(folder: Path) -> Checkpoint:
     files, places = find_weights(folder)
     if not places and files[0].name not in WEIGHTS:
         return open_checkpoint(files[0])
-    shards = [(file, *_read(file)) for file in files]
-    if not places and QUANTIZED in shards[0][2]:
-        return _quantized(files[0], shards[0][1], shards[0][2][QUANTIZED])
-    return _canonical(folder, join([(file, held) for file, held, _ in shards], places), {})
+    shards = [(file, read_file(file)) for file in files]
+    if not places and QUANTIZED in shards[0][1].metadata:
+        return _quantized(files[0], shards[0][1].records, shards[0][1].metadata[QUANTIZED])
+    records = join([(file, held.records) for file, held in shards], places)
+    notes = tuple(note for _, held in shards for note in held.notes)
+    return _canonical(folder, Held(records, {}, notes, half=all(held.half for _, held in shards)))
 
 
-def _canonical(path: Path, records: dict[str, Record], metadata: Mapping[str, Any]) -> Checkpoint:
+def _canonical(path: Path, held: Held) -> Checkpoint:
     """Bring names and layouts to canonical ones: no axes of one, nothing stacked, matrices as (outputs, inputs)."""
     try:
-        layout = layout_of(records)
-        records = official(records)
+        layout = layout_of(held.records)
+        records, notes = official(held.records, half=held.half)
+        records, state = tuned_state(by_heads(records))
         model = detect(records)
-        if "general.architecture" in metadata:
-            settings = from_gguf(path, metadata)
+        if "general.architecture" in held.metadata:
+            settings = from_gguf(path, held.metadata)
         else:
             settings = read_settings(path, layout, _sizes(records), model.VERSIONS[0])
         if settings.tied and "head.weight" not in records and "emb.weight" in records:
@@ -118,12 +102,39 @@ def _canonical(path: Path, records: dict[str, Record], metadata: Mapping[str, An
             records |= _zero_biases(records, settings)
         tensors = canonical(model, records, exchanged=outputs_first(records), norm_eps=settings.norm_eps)
         spec = settings.of(model.spec({name: t.shape for name, t in tensors.items()}))
+        first = _initial_state(spec, state, half=held.half)
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
-    notes = settings.notes
+    notes = [*held.notes, *notes, *settings.notes]
     if spec.unusual and settings.source:
-        notes += (f"{settings.source.name} has settings that are not the usual ones: {spec.unusual_text}",)
-    return Checkpoint(path, spec, {name: tensors[name] for name in spec.weights}, notes=notes)
+        notes.append(f"{settings.source.name} has settings that are not the usual ones: {spec.unusual_text}")
+    tensors = {name: tensors[name] for name in spec.weights}
+    return Checkpoint(path, spec, tensors, notes=tuple(notes), initial_state=first)
+
+
+def _initial_state(spec: Spec, records: Mapping[str, Record], *, half: bool) -> dict[str, Stored] | None:
+    """The tuned state that official tools merge into a model's file, of every layer.
+
+    Source  github.com/JL-er/RWKV-PEFT, merge/merge_state.py
+    """
+    if not records:
+        return None
+    name = min(records)
+    if half:
+        raise CheckpointError(
+            f"it has a tuned state ({name!r}) in a safetensors file that is float16 throughout, as web-rwkv's converters "
+            "write, and they differ in whether they exchange its axes: give the .pth that it was made from"
+        )
+    state: dict[str, Stored] = {}
+    shapes = {f"blocks.{i}.att.time_state": t.shape for i in range(spec.n_layer) for t in spec.state if t.name == "wkv"}
+    if records.keys() != shapes.keys():
+        odd = min(records.keys() ^ shapes.keys())
+        raise CheckpointError(f"it has a tuned state for {len(records)} layers, expected {len(shapes)} ({odd!r})")
+    for name, record in records.items():
+        if record.shape != shapes[name]:
+            raise CheckpointError(f"{name} has shape {record.shape}, expected {shapes[name]}")
+        state[f"{name.split('.')[1]}.wkv"] = Stored(name, record.shape, record)
+    return state
 
 
 def _sizes(records: Mapping[str, Record]) -> dict[str, int]:
@@ -183,7 +194,7 @@ def _add_embedding(tensors: dict[str, Stored], name: str, norm_eps: float) -> No
     if x.shape != (n, C) or normed.data.shape[0] != V or normed.weight.shape != (C,) or normed.bias.shape != (C,):
         raise CheckpointError(f"{name} has shape {x.shape}, expected {(n, C)} for n_embd={C} and a table of {(V, n)}")
     right = Stored(name, x.shape[::-1], x.data, transposed=True)
-    tensors[table] = replace(tensors[table], plus=Product(normed, right, 1.0))
+    tensors[table] = replace(tensors[table], plus=(Product(normed, right, 1.0),))
 
 
 def _parts(name: str, record: Record, letters: str) -> list[tuple[str, Record]]:
@@ -198,20 +209,13 @@ def _parts(name: str, record: Record, letters: str) -> list[tuple[str, Record]]:
     return [(name, replace(record, shape=shape))]
 
 
-def read_adapter(path: Path) -> dict[str, Record]:
-    """Find every tensor of what is given beside a checkpoint: a torch zip file, or safetensors."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for, a device read without end
-        raise CheckpointError(f"{path} is no regular file")
-    return read_pth(path) if zipfile.is_zipfile(path) else read_safetensors(path)[0]
-
-
 def _quantized(path: Path, records: dict[str, Record], text: str) -> Checkpoint:
     """Our own quantized checkpoint: canonical names, with `{name}.scales` beside packed codes."""
     try:
         about = json.loads(text)
         model_id, table = about["model_id"], about["tensors"]
-        if type(about["format"]) is not int or about["format"] != 1:
-            raise CheckpointError(f"{path} is of format {about['format']}: this release reads format 1")
+        if type(about["format"]) is not int or about["format"] not in (1, 2):  # 2 has a tuned state too
+            raise CheckpointError(f"{path} is of format {about['format']}: this release reads formats 1 and 2")
         if not re.fullmatch("[0-9a-f]{64}", model_id) or not re.fullmatch("[0-9a-f]{64}", about["sha256"]):
             raise ValueError("an id is not 64 hexadecimal digits")
         tensors = {}
@@ -228,11 +232,16 @@ def _quantized(path: Path, records: dict[str, Record], text: str) -> Checkpoint:
         wrong = next((n for n, w in spec.weights.items() if w.kind == "vector" and tensors[n].bits != 32), None)
         if wrong:
             raise ValueError(f"{wrong} is a vector of {tensors[wrong].bits} bits")
+        state = {name: r for name, r in records.items() if name.endswith(".att.time_state")}
+        first = _initial_state(spec, state, half=False)
+        if any(r.dtype != "F32" for r in state.values()):
+            raise ValueError("its tuned state is not float32")
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, RecursionError) as e:
         raise CheckpointError(f"{path}: its table of quantized tensors is damaged ({e!r})") from e
-    return Checkpoint(path, spec, {name: tensors[name] for name in spec.weights}, model_id, about["sha256"])
+    tensors = {name: tensors[name] for name in spec.weights}
+    return Checkpoint(path, spec, tensors, model_id, about["sha256"], initial_state=first)
 
 
 def verify(checkpoint: Checkpoint) -> None:

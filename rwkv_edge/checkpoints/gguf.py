@@ -121,6 +121,11 @@ class _Header:
             if key in about:
                 raise ValueError(f"{key} stands in it twice")
             about[key] = self.value(*self.numbers("I"))
+        if about.get("general.type", "model") != "model":
+            raise CheckpointError(
+                f"general.type is {about['general.type']!r}, expected 'model': give the model. Of a LoRA (adapter), give "
+                "the .pth or safetensors that it was made from, with --lora"
+            )
         architecture, parts = about.get("general.architecture"), about.get("split.count", 1)
         if architecture not in _TABLES:
             raise CheckpointError(

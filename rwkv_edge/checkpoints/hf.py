@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import magic
 from ..errors import CheckpointError
 from ..files import Record
 from .safetensors import unique
@@ -40,6 +41,8 @@ def find_weights(folder: Path) -> tuple[list[Path], dict[str, str]]:
                     raise CheckpointError(f"{index} names {shard}, which is not in {folder}: download it as well")
             return [_regular(folder / shard) for shard in shards], places
     files = sorted(file for file in folder.iterdir() if file.suffix in _BARE)
+    if not files and _exists(folder / "zero_to_fp32.py"):
+        raise CheckpointError(f"{folder} is a DeepSpeed checkpoint: run the zero_to_fp32.py in it, and give what it writes")
     if not files:
         known = ", ".join((*WEIGHTS, *(f"*{suffix}" for suffix in _BARE)))
         raise CheckpointError(f"{folder} is a folder without a checkpoint ({known}): give the checkpoint")
@@ -110,7 +113,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         if _regular(file).stat().st_size > _MAX_JSON:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes, expected at most {_MAX_JSON}: download it again")
-        content = json.loads(file.read_bytes(), object_pairs_hook=unique)
+        data = file.read_bytes()
+        if why := magic.explain(data[: magic.N_BYTES]):
+            raise CheckpointError(f"{file} {why}")
+        content = json.loads(data, object_pairs_hook=unique)
     except OSError as e:
         raise CheckpointError(f"cannot read {file}: {e.strerror}") from e
     except (ValueError, RecursionError) as e:

@@ -21,7 +21,7 @@ _MAX_AXES = 16  # the product of very many sizes would take forever
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
-    """Find every tensor, and the metadata; reads the header only.
+    """Find every tensor, of a type that can be read or of another, and the metadata; reads the header only.
 
     Raises  CheckpointError if the header is oversized, no JSON, or does not fit the file.
     """
@@ -46,7 +46,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Record], dict[str, str]]:
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{path} has damaged metadata")
     records = {name: _record(path, 8 + n, size, name, t) for name, t in header.items()}
-    ordered = sorted(records.items(), key=lambda item: item[1].offset)
+    ordered = sorted((i for i in records.items() if i[1].dtype in DTYPES), key=lambda item: item[1].offset)
     for (a, first), (b, second) in itertools.pairwise(ordered):
         if first.offset + first.nbytes > second.offset:
             raise CheckpointError(f"{path}: {a} and {b} overlap: the header is damaged")
@@ -66,10 +66,10 @@ def _record(path: Path, base: int, size: int, name: str, entry: Any) -> Record:
         ok = len(shape) <= _MAX_AXES and all(type(v) is int and v >= 0 for v in (start, stop, *shape))
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path}: the header's entry for {name} is damaged") from e
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(
-            f"{path}: {name} is stored as {dtype}: only F32, F16, BF16 and our own U8 can be read: save it as one of these"
-        )
+    if not isinstance(dtype, str):
+        raise CheckpointError(f"{path}: {name} is stored as {dtype}: the header is damaged. Download it again")
+    if ok and dtype not in DTYPES:
+        return Record(path, base + start, dtype, shape)
     if not ok or stop - start != math.prod(shape) * DTYPES[dtype].itemsize or base + stop > size or stop == start:
         raise CheckpointError(
             f"{path}: {name} of shape {list(shape[:_MAX_AXES])} does not fit the file: it is damaged or cut short"
