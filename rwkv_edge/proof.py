@@ -1,7 +1,7 @@
 """Do a bundle's files hold the weights of its checkpoint?
 
-The weights are read by code of the proof's own, and held against what the checkpoint's become by the method that the manifest
-names, rows by rows: floats rounded exactly; codes, scales and tables as the method declares, and beside quantizing again.
+The weights are read by code of the proof's own, some rows at a time, and held against what the checkpoint's become by the
+method that the manifest names: floats rounded exactly; codes, scales and tables as it declares, and beside quantizing again.
 """
 
 import os
@@ -26,7 +26,7 @@ from .unpacking import Piece, Rows, pieces, spans
 Progress = Callable[[int, int], None]
 Mask = npt.NDArray[np.bool_]
 
-_IN_CACHE = 1 << 15  # weights worked on at once
+_IN_CACHE = 1 << 17  # weights worked on at once
 THIS_RELEASE = {"tool": "rwkv-edge", "version": __version__}
 
 
@@ -35,7 +35,7 @@ class Proof:
     """What holding a bundle's weights against a checkpoint's gave.
 
     compared  whether there was a checkpoint; without one, only that two readers agree on what the files hold
-    n_tensors
+    n_tensors  that the bundle has
     n_blocks  blocks with a scale, and groups of rows with a table, that were quantized again
     n_same    of these, how many have the same codes and the same scale or table
     faults    by tensor, why it does not hold the checkpoint's weights
@@ -161,8 +161,9 @@ def _judge_codes(misread: str, x: Array, rows: Rows, piece: Piece, this_release:
         again = _again(x, rows, piece)
         same = (codes == groups(again.numbers)).all(axis=1) & (_second(rows) == _second(again)).all(axis=1)
         n_blocks, n_same = same.size, int(same.sum())
-        errors = [declared.squared_error(weights, groups(r.weights())) for r in (_unscaled(rows), again)]
-        wrong = ~same & declared.is_worse(method, weights, *errors)
+        if n_same < n_blocks:
+            errors = [declared.squared_error(weights, groups(r.weights())) for r in (_unscaled(rows), again)]
+            wrong = ~same & declared.is_worse(method, weights, *errors)
     return _Verdict(misread, wrong.reshape(-1, 1) if rows.scales is None else wrong.reshape(len(x), -1), n_blocks, n_same)
 
 

@@ -30,7 +30,7 @@ def squared_error(x: Array, w: Array) -> Array:
 
 def is_worse(method: str, x: Array, error: Array, again: Array) -> Mask:
     """Which groups have a larger squared error than quantizing again explains."""
-    return error > AGAIN[method] * again + (_slack(x) if method == "rtn" else _RESOLUTION * _squares(x))
+    return error > AGAIN[method] * again + (_slack(x.T) if method == "rtn" else _RESOLUTION * _squares(x))
 
 
 def not_rtn(x: Array, codes: Codes, scales: Array, bits: int) -> Mask:
@@ -42,14 +42,13 @@ def not_rtn(x: Array, codes: Codes, scales: Array, bits: int) -> Mask:
 
     Blocks whose largest weight is below 1e-30 are zeros.
     """
-    q = codes.astype(np.float32)
-    one_factor = _one_factor(np.where(scales[:, None] < 0, -x, x), q, bits)
-    qq = _squares(q)
-    best = np.einsum("ij,ij->i", x, q) / np.maximum(qq, 1)
-    least_squares = np.abs(scales - best) <= 2 * (x.shape[1] + 2) * _ULP * np.abs(best)
-    fine = squared_error(x, q * scales[:, None]) <= _plain_error(x, bits) + _slack(x)
-    nothing = np.abs(x).max(axis=1) < 1e-30
-    wrong: Mask = np.where(nothing, qq > 0, ~(one_factor & least_squares & fine))
+    y, q, largest = _columns(x, codes)
+    qq = _dot(q, q)
+    best = _dot(y, q) / np.maximum(qq, 1)
+    least_squares = np.abs(scales - best) <= 2 * (len(y) + 2) * _ULP * np.abs(best)
+    fine = _error(y, q * scales) <= _plain_error(y, largest, bits) + _slack(y)
+    one_factor = _one_factor(y * np.where(scales < 0, np.float32(-1), np.float32(1)), q, bits)
+    wrong: Mask = np.where(largest < 1e-30, qq > 0, ~(one_factor & least_squares & fine))
     return wrong
 
 
@@ -60,12 +59,11 @@ def not_half_rtn(x: Array, codes: Codes, scales: Array, bits: int) -> Mask:
     2. The squared error is at most that of the plain scale, and what float16 takes from the best one: 2^-11 of it at most, so
        2^-22 of the sum of squares. A block whose scale would be about 2^-14 or less has 2^-14, of either sign.
     """
-    q = codes.astype(np.float32)
+    y, q, largest = _columns(x, codes)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    level = np.clip(x / scales[:, None], low, high)
-    nearest = np.abs(level - q).max(axis=1) <= 0.5 + 2.0**bits * _ULP
-    small = (np.abs(scales) == HALF_NORMAL) & (np.abs(x).max(axis=1) <= 1.25 * HALF_NORMAL * high)
-    fine = small | (squared_error(x, q * scales[:, None]) <= _plain_error(x, bits) + 2 * _slack(x))
+    nearest = np.abs(np.clip(y / scales, low, high) - q).max(axis=0) <= 0.5 + 2.0**bits * _ULP
+    small = (np.abs(scales) == HALF_NORMAL) & (largest <= 1.25 * HALF_NORMAL * high)
+    fine = small | (_error(y, q * scales) <= _plain_error(y, largest, bits) + 2 * _slack(y))
     wrong: Mask = ~(nearest & fine & (np.abs(scales) >= HALF_NORMAL))
     return wrong
 
@@ -91,30 +89,46 @@ def not_kmeans(x: Array, codes: Codes, tables: Array, *, weighted: bool) -> Mask
     return wrong
 
 
+def _columns(x: Array, codes: Codes) -> tuple[Array, Array, Array]:
+    """Blocks as columns, (block, n), along which numpy is fastest; their codes; and their largest weights."""
+    y = np.ascontiguousarray(x.T)
+    return y, np.ascontiguousarray(codes.T, np.float32), np.maximum(y.max(axis=0), -y.min(axis=0))
+
+
 def _one_factor(y: Array, q: Array, bits: int) -> Mask:
     """Whether there is a positive factor for each block that takes y to q, rounded and clipped."""
     along, inverse = q * np.copysign(np.float32(1), y), 1 / np.abs(y)
     last = along - (y < 0) >= 2 ** (bits - 1) - 1  # there is one level more below zero
-    least = ((along - np.float32(0.5)) * inverse).max(axis=1)
-    most = np.where(last, np.float32(np.inf), (along + np.float32(0.5)) * inverse).min(axis=1)
+    least = ((along - np.float32(0.5)) * inverse).max(axis=0)
+    most = np.where(last, np.float32(np.inf), (along + np.float32(0.5)) * inverse).min(axis=0)
     found: Mask = (most > 0) & (least <= most * (1 + 16 * _ULP))
     return found
+
+
+def _dot(x: Array, y: Array) -> Array:
+    total: Array = np.einsum("ij,ij->j", x, y)
+    return total
+
+
+def _error(y: Array, w: Array) -> Array:
+    d = y - w
+    return _dot(d, d)
+
+
+def _slack(y: Array) -> Array:
+    """What rtn's sums leave open of the squared error of every block (block, n); those of longer rows leave more."""
+    return _dot(y, y) * np.float32(_RESOLUTION * max(1.0, len(y) / 256))
+
+
+def _plain_error(y: Array, largest: Array, bits: int) -> Array:
+    """The squared error of every block with scale = largest / (2**(bits-1) - 1)."""
+    s = largest / np.float32(2 ** (bits - 1) - 1)
+    return _error(y, np.rint(y / np.where(s > 0, s, 1)) * s)
 
 
 def _squares(x: Array) -> Array:
     total: Array = np.einsum("ij,ij->i", x, x)
     return total
-
-
-def _slack(x: Array) -> Array:
-    """What rtn's sums leave open of the squared error of every block (n, block); those of rows longer than 256 leave more."""
-    return _squares(x) * np.float32(_RESOLUTION * max(1.0, x.shape[1] / 256))
-
-
-def _plain_error(x: Array, bits: int) -> Array:
-    """The squared error of every block with scale = largest / (2**(bits-1) - 1)."""
-    s = np.abs(x).max(axis=1, keepdims=True) / np.float32(2 ** (bits - 1) - 1)
-    return _squares(x - np.rint(x / np.where(s > 0, s, 1)) * s)
 
 
 def _even_error(x: Array, k: int) -> Array:
