@@ -186,7 +186,7 @@ def _print_proof(report: Any) -> None:
         click.echo(f"Tensors that are the checkpoint's, as their methods declare: {right} of {proof.n_tensors}.")
     if proof.n_blocks:
         click.echo(f"Blocks and tables that quantizing again gives: {proof.n_same:,} of {proof.n_blocks:,}.")
-        if proof.n_same < proof.n_blocks:
+        if proof.n_same < proof.n_blocks and not proof.faults:
             click.echo("The others are no worse: another processor rounds sums in another order.")
     verdict = "computes its own weights" if report.computes else "does NOT compute its own weights"
     if proof.compared:

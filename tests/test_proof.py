@@ -348,6 +348,22 @@ def test_calibrated_tables_are_held_without_the_calibration(tmp_path, random_pth
         (path / entry["file"]).write_bytes(before)
 
 
+def test_a_scale_as_another_processor_rounds_it_is_no_fault(copy, random_pth):
+    """Sums in float32 end in other bits there: the next number is as good a scale."""
+    path = copy(quant="int4")
+    matrix = Matrix(path, smallest(path, "int4")[1])
+    second = matrix.second
+    second[3, 0] = np.nextafter(second[3, 0], np.float32(np.inf))
+    matrix.second = second
+    matrix.write()
+    reseal(path)
+    passed = check(path, random_pth("odd"))
+    assert passed.exit_code == 0, passed.output
+    assert "The others are no worse: another processor rounds sums in another order.\n" in passed.stdout
+    report = json.loads(check(path, random_pth("odd"), "--json").stdout)["proof"]
+    assert (report["n_same"], report["faults"]) == (report["n_blocks"] - 1, {})
+
+
 @pytest.mark.parametrize("kind", ["int4", "ane-lut4"])
 def test_another_release_s_bundle_is_held_to_what_its_methods_declare(kind, copy, random_pth):
     """It is not quantized again: another release may have found other scales."""
