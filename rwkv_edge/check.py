@@ -1,6 +1,7 @@
-"""Does a bundle compute its own weights, and what did making it cost?
+"""Does a bundle compute its own weights, are they its checkpoint's, and what did making it cost?
 
-The weights are read from the bundle's files, the numpy reference runs on them, and the graphs are held against it.
+The weights are read from the bundle's files by a reader of the proof's own, the numpy reference runs on them, and the graphs
+are held against it. That the files hold the right weights, only a checkpoint can show.
 """
 
 import math
@@ -12,17 +13,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import __version__, mil
+from . import mil
 from .bundle import MANIFEST, Bundle, read_bundle
-from .checkpoints import model_id, open_checkpoint
+from .checkpoints import Checkpoint, model_id, open_checkpoint
 from .checkpoints.lora import with_lora
 from .errors import BackendError, BundleError, CheckFailed, CheckpointError, InputError
 from .exporters import coreml as coreml_exporter
 from .models import spec_of
+from .proof import THIS_RELEASE, Proof, prove_weights
 from .reference import Weights, run_reference
 from .runtime import Model, Sampling
 from .runtime.sampling import log_softmax, sample
 from .runtime.session import Loop as OnnxLoop
+from .unpacking import Weights as StoredWeights
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -100,6 +103,7 @@ class Report:
     packages  of a Core ML bundle: which of its files are not what this release of rwkv-edge writes for its weights; None if
               another release has made it
     weights   the numpy reference on the bundle's weights against the checkpoint: the cost of quantization alone, or None
+    proof     whether the bundle's files hold the checkpoint's weights, tensor by tensor
     """
 
     bundle: Path
@@ -109,14 +113,22 @@ class Report:
     rounding: Difference
     packages: tuple[str, ...] | None
     weights: Difference | None
+    proof: Proof
 
     @property
-    def ok(self) -> bool:
+    def computes(self) -> bool:
         """Whether every graph computes the bundle's own weights."""
         return all(row.ok for row in self.rows) and not self.packages
 
+    @property
+    def ok(self) -> bool:
+        """Whether it does, and nothing shows that these are not the checkpoint's."""
+        return self.computes and not self.proof.faults
+
     def raise_if_failed(self) -> None:
-        """Raise CheckFailed, with this report, if a graph does not compute the bundle's weights."""
+        """Raise CheckFailed, with this report, if weights are wrong or a graph does not compute them."""
+        if self.proof.faults:
+            raise CheckFailed(f"{self.bundle}: {self.proof.fault}", self)
         bad = next((row for row in self.rows if not row.ok), None)
         if bad:
             raise CheckFailed(f"{self.bundle / bad.file} does not compute the bundle's weights: {bad.fault}", self)
@@ -137,14 +149,17 @@ def check(
 ) -> Report:
     """Hold a bundle's graphs against the numpy reference on the bundle's own weights, read from disk.
 
+    With a checkpoint, hold these weights against its own, tensor by tensor: floats are its rounded ones; codes, scales and
+    tables are what their method declares, and no worse than quantizing again. Without, only the graphs are proven.
+
     The tokens are sampled from the bundle itself, so that they are what the model is about. Every graph reads them
     one by one, and as many at a time as it takes.
 
-    against   the checkpoint the bundle was made from: what quantization cost is measured too
+    against   the checkpoint the bundle was made from: its weights are compared, and what quantization cost is measured
     lora      that was merged into it, as FILE or FILE:ALPHA
     n_tokens  at least 2; more than a graph takes at a time (256), or its longest chunks go unchecked. Of a Core ML bundle
               it is rounded up to whole calls of prefill, 16 each. None is 320, for Core ML 64
-    progress  called with passes done and passes in all
+    progress  called with how much is done and how much there is
 
     Raises  BundleError, BackendError; CheckpointError if the checkpoint is another model's; CheckFailed if the bundle
             gives no finite logits. A bundle whose numbers differ gives a report that is not ok.
@@ -158,106 +173,161 @@ def check(
         _refuse_what_is_no_model(b)
         whole = b.graph("prefill")["T"]  # it takes neither more nor fewer
         n_tokens = -(-n_tokens // whole) * whole
-    source = open_checkpoint(against) if against else None
-    if source and source.quantized:
-        raise CheckpointError(f"{against} is quantized itself: give the original checkpoint to measure the cost")
-    source = with_lora(source, lora) if source else None
-    interpreted = [(a, role) for a in ("exact", "native") for role in ("decode", "prefill")]
-    roles = interpreted if coreml else [str(g["role"]) for g in b.manifest["graphs"]]
-    total, done = 2 + (1 if coreml else 2) * len(roles) + (2 if source else 0), 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, total)
-
+    source = _source(against, lora) if against else None
+    n_rows = 4 if coreml else 2 * len(b.manifest["graphs"])
+    passes = _Passes(progress, 3 + n_rows + (2 if source else 0))
     if source:
-        found = model_id(source)
+        found = model_id(source, passes.part)
         if found != b.model_id:
             raise CheckpointError(f"{against} is another model ({found[:12]}) than {bundle} was made from ({b.model_id[:12]})")
-        step()
-    model = Model(b, threads=threads, interpret="native" if coreml else None)
-    ids, first = _sample(model, n_tokens), model.first.tensors if model.first else None
-    del model  # and the weights that an interpreter keeps
+        passes.end()
+    proof = prove_weights(b, source, passes.part)
+    passes.end()
+    answers = _answers(b, source, _tokens(b, n_tokens, threads, proof), passes)
+    rows, limits = _interpret(b, answers, passes) if coreml else _run(b, answers, threads, passes)
+    weights = difference(answers.logits, answers.original) if answers.original is not None else None
+    packages = _not_as_written(b) if coreml else None
+    return Report(Path(bundle), n_tokens, tuple(rows), limits, answers.rounding, packages, weights, proof)
+
+
+@dataclass
+class _Passes:
+    """Progress over passes that take about the same time."""
+
+    progress: Progress | None
+    total: int
+    ended: int = 0
+
+    def part(self, done: int, total: int) -> None:
+        """So much of the current pass is done."""
+        if self.progress:
+            self.progress(1000 * self.ended + 1000 * done // total, 1000 * self.total)
+
+    def end(self) -> None:
+        self.ended += 1
+        self.part(0, 1)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the reference gives for some tokens on the bundle's weights in float64, and how far float32 is from it.
+
+    original  the logits on the checkpoint's weights, or None
+    """
+
+    ids: list[int]
+    logits: Array
+    state: Mapping[str, Array]
+    rounding: Difference
+    state_rounding: float
+    original: Array | None
+
+
+def _source(against: str | Path, lora: str | Path | None) -> Checkpoint:
+    source = open_checkpoint(against)
+    if source.quantized:
+        raise CheckpointError(f"{against} is quantized itself: give the original checkpoint to measure the cost")
+    return with_lora(source, lora)
+
+
+def _tokens(b: Bundle, n_tokens: int, threads: int | None, proof: Proof) -> tuple[list[int], Mapping[str, Array] | None]:
+    """Tokens that the bundle writes, and the state it begins from."""
+    model = Model(b, threads=threads, interpret="native" if b.target == "coreml" else None)
+    try:
+        ids = _sample(model, n_tokens)
+    except CheckFailed as e:
+        if proof.faults:
+            raise CheckFailed(f"{b.path}: {proof.fault}; and {e}", None) from e
+        raise
+    return ids, model.first.tensors if model.first else None
+
+
+def _answers(
+    b: Bundle, source: Checkpoint | None, tokens: tuple[list[int], Mapping[str, Array] | None], passes: _Passes
+) -> _Answers:
+    """Run the reference on the bundle's weights, as the proof reads them, and on the checkpoint's."""
+    ids, first = tokens
     options: dict[str, Any] = {}
-    if coreml:
+    if b.target == "coreml":
         graph = b.graph("decode")
         options = {"wkv_form": graph["wkv"], "half_scales": (graph["scales"]["residual"], graph["scales"]["heads"])}
-    reference, state = run_reference(b.spec, Weights(b.tensors), ids, first, dtype=np.float64, **options)
-    step()
-    single, single_state = run_reference(b.spec, Weights(b.tensors), ids, first, **options)
-    rounding, state_rounding = difference(single, reference), _state_apart(single_state, state)
-    limit = max(EXACT_FLOOR, EXACT_RATIO * rounding.max_abs)
-    state_limit = max(STATE_FLOOR, STATE_RATIO * state_rounding)
-    step()
+    stored = StoredWeights(b.path, b.manifest["tensors"])
+    logits, state = run_reference(b.spec, stored, ids, first, dtype=np.float64, **options)
+    passes.end()
+    single, single_state = run_reference(b.spec, stored, ids, first, **options)
+    passes.end()
     original = None
     if source:
         original, _ = run_reference(source.spec, Weights(source.tensors), ids, first, dtype=np.float64)
-        step()
+        passes.end()
+    return _Answers(ids, logits, state, difference(single, logits), _state_apart(single_state, state), original)
 
-    if coreml:
-        rows = [_interpreted(b, *how, ids, reference, state, original, step) for how in interpreted]
-        weights = difference(reference, original) if original is not None else None
-        limits = {"exact_max": COREML_EXACT, "exact_state": COREML_EXACT}
-        limits |= {"native_kl": COREML_NATIVE_KL, "native_state": COREML_NATIVE_STATE}
-        return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, _not_as_written(b), weights)
-    rows = []
-    for role in map(str, roles):
-        model, graph = Model(b, threads=threads, role=role), b.graph(role)
-        exact = graph["arithmetic"] == "exact"
-        for size in dict.fromkeys((1, min(graph["T"], n_tokens))):
-            fed = f"{size} at a time"
-            parts, s = [], None
-            for i in range(0, n_tokens, size):
-                part, s = model.feed(ids[i : i + size], s, every=True)
-                parts.append(part)
-            assert s is not None
-            logits = np.concatenate(parts)
-            own = difference(logits, reference)
-            apart = _state_apart(s.tensors, state)
-            fault = ""
-            if exact and not (own.max_abs <= limit and apart <= state_limit):
-                fault = (
-                    f"reading {fed}, logits differ by {own.max_abs:.2g} of their deviation (allowed {limit:.2g}), "
-                    f"the state by {apart:.2g} of its (allowed {state_limit:.2g})"
-                )
-            elif not exact and not own.rms <= INT8_RMS_LIMIT:
-                fault = f"reading {fed}, logits differ by {own.rms:.2g} rms of their deviation (allowed {INT8_RMS_LIMIT})"
-            elif not exact and not _is_exact_but_for_accuracy(b):
-                fault = "it is not the exact graph with 8-bit activations"
-            cost = difference(logits, original) if original is not None else None
-            rows.append(Row(graph["file"], graph["arithmetic"], fed, own, apart, cost, fault))
-            step()
-    weights = difference(reference, original) if original is not None else None
+
+def _run(b: Bundle, answers: _Answers, threads: int | None, passes: _Passes) -> tuple[list[Row], dict[str, float]]:
+    """What onnxruntime computes, graph by graph: token by token, and as many at a time as it takes."""
+    limit = max(EXACT_FLOOR, EXACT_RATIO * answers.rounding.max_abs)
+    state_limit = max(STATE_FLOOR, STATE_RATIO * answers.state_rounding)
     limits = {"exact_max": limit, "exact_state": state_limit, "int8_rms": INT8_RMS_LIMIT}
-    return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, None, weights)
+    rows = []
+    for graph in b.manifest["graphs"]:
+        model = Model(b, threads=threads, role=graph["role"])
+        for size in dict.fromkeys((1, min(graph["T"], len(answers.ids)))):
+            rows.append(_read(model, graph, size, answers, limits))
+            passes.end()
+    return rows, limits
 
 
-def _interpreted(
-    b: Bundle,
-    arithmetic: str,
-    role: str,
-    ids: list[int],
-    reference: Array,
-    state: Mapping[str, Array],
-    original: Array | None,
-    step: Callable[[], None],
-) -> Row:
-    """What the packages of a Core ML bundle compute, by their own files."""
+def _read(model: Model, graph: Mapping[str, Any], size: int, answers: _Answers, limits: Mapping[str, float]) -> Row:
+    """What one graph computes, reading so many tokens at a time."""
+    fed = f"{size} at a time"
+    parts, s = [], None
+    for i in range(0, len(answers.ids), size):
+        part, s = model.feed(answers.ids[i : i + size], s, every=True)
+        parts.append(part)
+    assert s is not None
+    logits = np.concatenate(parts)
+    own, apart = difference(logits, answers.logits), _state_apart(s.tensors, answers.state)
+    exact, fault = graph["arithmetic"] == "exact", ""
+    limit, state_limit = limits["exact_max"], limits["exact_state"]
+    if exact and not (own.max_abs <= limit and apart <= state_limit):
+        fault = (
+            f"reading {fed}, logits differ by {own.max_abs:.2g} of their deviation (allowed {limit:.2g}), "
+            f"the state by {apart:.2g} of its (allowed {state_limit:.2g})"
+        )
+    elif not exact and not own.rms <= INT8_RMS_LIMIT:
+        fault = f"reading {fed}, logits differ by {own.rms:.2g} rms of their deviation (allowed {INT8_RMS_LIMIT})"
+    elif not exact and not _is_exact_but_for_accuracy(model.bundle):
+        fault = "it is not the exact graph with 8-bit activations"
+    cost = difference(logits, answers.original) if answers.original is not None else None
+    return Row(graph["file"], graph["arithmetic"], fed, own, apart, cost, fault)
+
+
+def _interpret(b: Bundle, answers: _Answers, passes: _Passes) -> tuple[list[Row], dict[str, float]]:
+    """What our interpreter computes from the packages' own files, in float64 and in float16."""
+    limits = {"exact_max": COREML_EXACT, "exact_state": COREML_EXACT}
+    limits |= {"native_kl": COREML_NATIVE_KL, "native_state": COREML_NATIVE_STATE}
+    rows = []
+    for arithmetic in ("exact", "native"):
+        for role in ("decode", "prefill"):
+            rows.append(_interpreted(b, arithmetic, role, answers))
+            passes.end()
+    return rows, limits
+
+
+def _interpreted(b: Bundle, arithmetic: str, role: str, answers: _Answers) -> Row:
+    """What one function of a bundle's packages computes."""
     model = Model(b, interpret=arithmetic)
     graphs = [g for g in b.manifest["graphs"] if g["role"] == role]
     size = graphs[0]["T"]
-    loop, at = model.loop(), range(size - 1, len(ids), size)
+    loop, at = model.loop(), range(size - 1, len(answers.ids), size)
     assert not isinstance(loop, OnnxLoop)
-    logits = loop.run(role, np.array(ids))
-    apart, fed = _state_apart(loop.tensors(), state), f"{size} at a time"
+    logits = loop.run(role, np.array(answers.ids))
+    apart, fed = _state_apart(loop.tensors(), answers.state), f"{size} at a time"
     name = graphs[0]["file"] if len(graphs) == 1 else f"{len(graphs)} parts"
     if not np.isfinite(logits).all():
-        step()
         none = Difference(len(at), math.inf, math.inf, math.inf, 0.0)
         return Row(f"{name} {role}", arithmetic, fed, none, apart, none, f"reading {fed}, it gives logits that are not finite")
-    own, fault = difference(logits, reference[at]), ""
+    own, fault = difference(logits, answers.logits[at]), ""
     if arithmetic == "exact" and not (own.max_abs <= COREML_EXACT and apart <= COREML_EXACT):
         fault = (
             f"reading {fed}, logits differ by {own.max_abs:.2g} of their deviation and the state by {apart:.2g} of its "
@@ -268,8 +338,7 @@ def _interpreted(
             f"reading {fed}, float16 gives logits of KL {own.kl:.2g} (allowed {COREML_NATIVE_KL}) and a state {apart:.2g} of "
             f"its deviation off (allowed {COREML_NATIVE_STATE:g})"
         )
-    cost = difference(logits, original[at]) if original is not None else None
-    step()
+    cost = difference(logits, answers.original[at]) if answers.original is not None else None
     return Row(f"{name} {role}", arithmetic, fed, own, apart, cost, fault)
 
 
@@ -289,7 +358,7 @@ def _not_as_written(b: Bundle) -> tuple[str, ...] | None:
 
     What the interpreter cannot judge, such as a description of inputs or what cancels in float64, is in them too.
     """
-    if b.manifest["made_by"] != {"tool": "rwkv-edge", "version": __version__}:
+    if b.manifest["made_by"] != THIS_RELEASE:
         return None
     graphs = b.manifest["graphs"]
     lies_in = {

@@ -365,7 +365,9 @@ def export(
 
 @cli.command()
 @bundle_argument
-@click.option("--against", type=click.Path(path_type=Path), help="The checkpoint it was made from, to measure the cost.")
+@click.option(
+    "--against", type=click.Path(path_type=Path), help="The checkpoint it was made from: compare weights and measure the cost."
+)
 @lora_option
 @click.option(
     "-n",
@@ -387,12 +389,16 @@ def check(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Prove that a bundle computes its own weights.
+    """Prove that a bundle computes its own weights, and that they are its checkpoint's.
 
     Reads the weights from the bundle's files, runs the step in numpy in float64, and holds every graph against it, reading
     tokens one by one and in chunks. Differences are in standard deviations of the logits. Exits with 3 if a graph is
     further off than float32 explains; the cost of quantization is shown, and is no failure. Core ML's packages are
     interpreted, slowly, and in float64 must agree to 1e-10.
+
+    With --against, every tensor is compared with the checkpoint's too: floats rounded exactly, codes and scales as their
+    method declares and as quantizing again gives them. Exits with 3 and the tensor's name if one is not. Without it, a
+    bundle of other weights passes.
 
     \b
     rwkv-edge check model-int4 --against model.pth

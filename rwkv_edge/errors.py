@@ -52,7 +52,7 @@ class BackendError(RwkvEdgeError):
 
 
 class CheckFailed(RwkvEdgeError):  # noqa: N818 (what happened, not a fault)
-    """A bundle does not compute its own weights.
+    """A bundle does not compute its own weights, or they are not its checkpoint's.
 
     report  rwkv_edge.check.Report: the numbers
     """

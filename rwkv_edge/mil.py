@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import BackendError, BundleError
-from .qtensor import HALF_NORMAL, unpack_bits
+from .qtensor import HALF_NORMAL
+from .unpacking import codes_of, signed
 
 Array = npt.NDArray[Any]
 
@@ -149,8 +150,8 @@ class Package:
             raise BundleError(f"{self.path}: the record at byte {at} is not of {name} {shape}")
         data = self._weights[offset : offset + nbytes]
         if name in ("int4", "uint4", "uint6"):
-            codes = unpack_bits(data, _BITS[name])
-            return ((codes << 4).view(np.int8) >> 4 if name == "int4" else codes).reshape(shape)
+            codes = codes_of(data, _BITS[name])
+            return (signed(codes, 4).astype(np.int8) if name == "int4" else codes).reshape(shape)
         return data.view(dtype).reshape(shape)
 
 

@@ -165,8 +165,7 @@ def print_report(report: Any) -> None:
     if report.packages is not None:
         said = f"NOT: {', '.join(report.packages)}" if report.packages else "all of them"
         click.echo(f"Packages that are what this release writes for these weights: {said}.")
-    verdict = "computes its own weights" if report.ok else "does NOT compute its own weights"
-    click.echo(f"The bundle {verdict}.")
+    _print_proof(report)
     if report.weights:
         click.echo("\nagainst the checkpoint: what quantization cost")
         costs = [("the weights alone", report.weights)]
@@ -177,6 +176,28 @@ def print_report(report: Any) -> None:
             ("", "n", "max", "rms", "KL", "top-1"),
             [(what, *_difference(d)) for what, d in costs],
         )
+
+
+def _print_proof(report: Any) -> None:
+    """What is proven of the weights, and what is not."""
+    proof = report.proof
+    for name, reason in proof.faults.items():
+        click.echo(f"WRONG  {name}: {reason}")
+    if proof.compared:
+        right = proof.n_tensors - len(proof.faults)
+        click.echo(f"Tensors that are the checkpoint's, as their methods declare: {right} of {proof.n_tensors}.")
+    if proof.n_blocks:
+        click.echo(f"Blocks and tables that quantizing again gives: {proof.n_same:,} of {proof.n_blocks:,}.")
+        if proof.n_same < proof.n_blocks and not proof.faults:
+            click.echo("The others are no worse: another processor rounds sums in another order.")
+    verdict = "computes its own weights" if report.computes else "does NOT compute its own weights"
+    if proof.compared:
+        origin = "They are NOT the checkpoint's" if proof.faults else "They are the checkpoint's"
+    elif proof.faults:
+        origin = "They are NOT what this release reads"
+    else:
+        origin = "Not compared with the checkpoint's: give --against"
+    click.echo(f"The bundle {verdict}. {origin}.")
 
 
 def _difference(d: Any) -> tuple[str, ...]:

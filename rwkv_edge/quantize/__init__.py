@@ -1,5 +1,6 @@
 """From floats to small integers: pure functions, and the plan that says which tensor gets which."""
 
+from . import declared
 from .calibrate import mean_squares
 from .kmeans import kmeans
 from .plan import COREML_DEFAULTS, COREML_QUANTS, QUANTS, coreml_plan, plan
@@ -10,6 +11,7 @@ __all__ = [
     "COREML_QUANTS",
     "QUANTS",
     "coreml_plan",
+    "declared",
     "kmeans",
     "mean_squares",
     "plan",
