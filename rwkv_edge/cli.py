@@ -470,7 +470,7 @@ def run(
     model, load_s = _open(bundle, threads, interpret)
     state = model.load_state(load_state) if load_state else None
     settings = _by_id(model, settings)
-    reads = [model.check_tokens(_ids(text) if ids else model.encode(text), after=state).tolist() for text in texts]
+    reads = [model.prompt_ids(_ids(text) if ids else text, state).tolist() for text in texts]
     speaks = not (as_json or ids or logprobs is not None)
     for n, (text, tokens) in enumerate(zip(texts, reads, strict=True)):
         generation = model.generate(tokens, state, max_tokens=max_tokens, stop=stop, top_logprobs=logprobs or 0, **settings)
@@ -762,8 +762,9 @@ def _prompts(prompts: tuple[str, ...], files: tuple[Path, ...], lines: Path | No
                 return [""]
             raise click.UsageError("Give a prompt: as PROMPT, with --file or --lines, or on stdin.")
         prompts = ("-",)
-    texts = [_stdin() if prompt == "-" else prompt for prompt in prompts]
-    texts += [_read_text(file) for file in files]
+    # one line end at the end of a file is the file's, not the prompt's: so llama.cpp reads its --file
+    texts = [_stdin().removesuffix("\n") if prompt == "-" else prompt for prompt in prompts]
+    texts += [_read_text(file).removesuffix("\n") for file in files]
     if lines:
         texts += [line for line in _read_text(lines).split("\n") if line.strip()]
         if not texts:
