@@ -74,7 +74,7 @@ class Chat:
             ask = t["turn_end"] + ask
         elif self._system:
             ask = t["system"].replace("{}", _paragraphs(self._system)) + ask
-        ids = [i for i in self._model.encode(ask) if i != self._model.end_of_text]  # a message cannot end the text
+        ids = [i for i in self._model.encode(ask) if i not in self._model.eos_token_ids]  # a message cannot end the text
         g = self._model.generate(ids, self.state, max_tokens=self._max_tokens, stop=t["stop"], sampling=self._sampling)
         self.generation = g
         try:

@@ -161,7 +161,7 @@ class Generation:
     def _say(self, token: int) -> str:
         """Take the token that was chosen: the text that is certain now."""
         self.stats.n_generated += 1
-        if token == self._model.end_of_text:
+        if token in self._model.eos_token_ids:
             self.finish = "end"
             return self._text.finish()
         self._given.append(token)
