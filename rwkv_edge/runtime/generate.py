@@ -120,7 +120,7 @@ class Generation:
             return self._snapshot()
         state, text = mark
         if text:  # whole characters before the stop, whose tokens may be others than those that were generated
-            ids = self._model.encode(text)
+            ids = self._model.encode(text, special_tokens=False)
             said = Occurrences(self._model.spec.n_vocab, state.occurrences)
             _, state = self._model.feed(ids, state)
             if self._counts:
@@ -173,7 +173,7 @@ class Generation:
     def _say(self, token: int) -> str:
         """Take the token that was chosen: the text that is certain now."""
         self.stats.n_generated += 1
-        if token == self._model.end_of_text:
+        if token in self._model.eos_token_ids:
             self.finish = "end"
             return self._text.finish()
         self._given.append(token)

@@ -51,12 +51,14 @@ def open_bundle(
 class Model:
     """A bundle's graph in an onnxruntime session, or in Core ML.  States may be shared between threads, and so may a model.
 
-    bundle       manifest, spec and tensors
-    tokenizer    of the bundle; None where it has none
-    end_of_text  id of the token that ends a text, or None
-    sampling     the bundle's defaults
-    first        the state that every text begins from, where the bundle has one; None is zeros
-    interpreted  whether numpy computes it, in place of Core ML
+    bundle         manifest, spec and tensors
+    tokenizer      of the bundle; None where it has none
+    eos_token_ids  ids of the tokens that end a text; none without a tokenizer
+    bos_token_id   id of the token that stands before a text's first one; 0 without a tokenizer
+    tokenizer_sha256  of the tokenizer's file, to which a state's last ids belong; None without a tokenizer
+    sampling       the bundle's defaults
+    first          the state that every text begins from, where the bundle has one; None is zeros
+    interpreted    whether numpy computes it, in place of Core ML
     """
 
     def __init__(
@@ -73,8 +75,9 @@ class Model:
         self.interpreted = interpret is not None
         about = bundle.manifest["tokenizer"]
         self.tokenizer = open_tokenizer(bundle.path / about["file"]) if about else None
-        self.end_of_text: int | None = about["end_of_text"] if about else None
         self.tokenizer_sha256: str | None = bundle.manifest["files"][about["file"]]["sha256"] if about else None
+        self.eos_token_ids: tuple[int, ...] = tuple(about["eos_token_ids"]) if about else ()
+        self.bos_token_id: int = about["bos_token_id"] if about else 0
         self.sampling = Sampling(**bundle.manifest["sampling"])
         first = bundle.manifest["initial_state"]
         self.first: State | None = self.load_state(bundle.path / first) if first else None
@@ -168,14 +171,16 @@ class Model:
             n_top=top_logprobs,
         )
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Give the token ids of a text.
+
+        special_tokens  False: the text of a special token is text as any other, such as <|im_end|> in a message
 
         Raises  InputError if the bundle has no tokenizer, or it cannot encode the text.
         """
         if self.tokenizer is None:
             raise InputError(f"{self.bundle.path} has no tokenizer: give token ids (run --ids), or export with --tokenizer")
-        return self.tokenizer.encode(text)
+        return self.tokenizer.encode(text, special_tokens=special_tokens)
 
     def token(self, text: str) -> int:
         """Give the id of a text that is one token.

@@ -157,7 +157,7 @@ def _are_extras(extras: Mapping[str, npt.NDArray[Any]], n_vocab: int) -> bool:
         in_order = len(seen) == len(counts) > 0 and (np.diff(seen) > 0).all()
         if not in_order or not np.isfinite(counts).all() or (counts < 0).any():
             return False
-    return all((0 <= x).all() and (x < n_vocab).all() for x in (recent, seen) if x is not None)
+    return all((x >= 0).all() and (x < n_vocab).all() for x in (recent, seen) if x is not None)
 
 
 def _digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:

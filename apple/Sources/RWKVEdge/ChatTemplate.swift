@@ -8,6 +8,8 @@ public struct ChatTemplate: Decodable, Sendable, Equatable {
     public let turnEnd: String
     /// Texts that end a reply: give them to `generate`.
     public let stop: [String]
+    /// What becomes of blank lines in a message.
+    public let blankLines: BlankLines
     /// Ways of answering; `none` is always there.
     public let think: [String: Thinking]
 
@@ -18,9 +20,17 @@ public struct ChatTemplate: Decodable, Sendable, Equatable {
         public let sampling: Sampling?
     }
 
+    public enum BlankLines: String, Decodable, Sendable {
+        /// They stay: the template's turns end otherwise.
+        case keep
+        /// They would end the turn: a run of them becomes one line break.
+        case collapse
+    }
+
     enum CodingKeys: String, CodingKey {
         case system, user, assistant, stop, think
         case turnEnd = "turn_end"
+        case blankLines = "blank_lines"
     }
 
     /// Give the text to read before the model answers.

@@ -213,7 +213,7 @@ public actor RWKVModel {
             let logits = try await read([])
             try Task.checkCancellation()
             let token = try text.sampler.choose(logits, limit: limit)
-            if token == bundle.manifest.tokenizer?.endOfText { return finish(text, .end) }
+            if isEnd(token) { return finish(text, .end) }
             text.sampler.add(token, text: text.tokenizer.decode([token]))
             let (piece, isStopped) = text.stops.push(text.stream.push(token))
             if isStopped || text.mayGoBack {
@@ -240,12 +240,17 @@ public actor RWKVModel {
         guard let tokenizer else {
             throw RWKVError.tokenizer("The bundle has no tokenizer: export it with --tokenizer.")
         }
-        let ids = try tokenizer.encode(generation.prompt).filter { $0 != bundle.manifest.tokenizer?.endOfText }
+        let ids = try tokenizer.encode(generation.prompt).filter { !isEnd($0) }
         let text = try Generation.Text(generation, tokenizer, after: ids)
         try leave()
         _ = try await read(ids)
         (generation.text, current) = (text, text)
         if text.nLeft <= 0 { _ = finish(text, .length) }
+    }
+
+    /// Whether a token ends a text.
+    private func isEnd(_ token: Int) -> Bool {
+        bundle.manifest.tokenizer?.eosTokenIDs.contains(token) ?? false
     }
 
     /// End a text; give its last piece, with what was held back unless that was a stop.

@@ -73,7 +73,7 @@ final class ManifestTests: XCTestCase {
     func testChatTemplate() throws {
         let json = #"""
             {"system": "System: {}\n\n", "user": "User: {}\n\n", "assistant": "Assistant:", "turn_end": "\n\n",
-             "stop": ["\n\nUser:"], "think": {"none": {"opening": "", "sampling": null}, "fast": {"opening": " <think>\n</think", "sampling": null}}}
+             "stop": ["\n\nUser:"], "blank_lines": "collapse", "think": {"none": {"opening": "", "sampling": null}, "fast": {"opening": " <think>\n</think", "sampling": null}}}
             """#
         let template = try JSONDecoder().decode(ChatTemplate.self, from: Data(json.utf8))
         XCTAssertEqual(try template.turn("Hi\n\n there ", isFirst: true), "User: Hi\nthere\n\nAssistant:")
