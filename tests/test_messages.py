@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import DEMO
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from rwkv_edge import Chat, export, open_bundle
 from rwkv_edge.cli import cli
-from rwkv_edge.tokenizer import WORLD, World
+from rwkv_edge.errors import InputError
 
 CODE = "def f(x):\n    if x:\n\treturn 1\n        return 2  # twice"
 
@@ -87,11 +87,17 @@ def test_the_system_text_follows_the_same_rule(talker, monkeypatch):
 
 
 def test_long_messages_take_time_in_proportion():
-    from rwkv_edge.runtime.chat import _Ask
+    from rwkv_edge.runtime.chat import _message
 
     start = time.perf_counter()
-    for text in ("\n" + " " * 200_000 + "a", "a" + " " * 200_000 + "b", "\n" * 200_000 + "a", " \n" * 100_000, "a\n " * 100_000):
-        _Ask("collapse").fill("{}", text)
+    for text in (
+        "a\n" + " " * 200_000 + "b",
+        "a" + " " * 200_000 + "b",
+        "\n" * 200_000 + "a",
+        " \n" * 100_000,
+        "a\n " * 100_000,
+    ):
+        _message(text, "collapse")
     assert time.perf_counter() - start < 10  # a second; squared it would be hours
 
 
@@ -103,23 +109,25 @@ def chatml(workspace):
     """The demo model with a tokenizer and a template of ChatML."""
     path = workspace / "chatml"
     tokenizer = json.loads(DEMO.with_name("tokenizer.json").read_text())
-    # ids of words that the tests do not use: the model has no rows for more
-    for token, content in ((4095, "<|im_start|>"), (4094, "<|im_end|>")):
-        old = next(x for x, i in tokenizer["model"]["vocab"].items() if i == token)
-        del tokenizer["model"]["vocab"][old]
-        tokenizer["model"]["merges"] = [m for m in tokenizer["model"]["merges"] if "".join(m if isinstance(m, list) else m.split(" ")) != old]
-        tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": token, "content": content})
+    # the last two words make room: the model has no rows for more
+    special = {4094: "<|im_start|>", 4095: "<|im_end|>"}
+    words = [word for word, i in tokenizer["model"]["vocab"].items() if i in special]
+    for word in words:
+        del tokenizer["model"]["vocab"][word]
+    tokenizer["model"]["merges"] = [m for m in tokenizer["model"]["merges"] if "".join(m).replace(" ", "") not in words]
+    tokenizer["added_tokens"] += [tokenizer["added_tokens"][0] | {"id": i, "content": x} for i, x in special.items()]
     file = workspace / "chatml-tokenizer.json"
     file.write_text(json.dumps(tokenizer))
     export(DEMO, path, quant="none", tokenizer=file, template="rwkv")
     manifest = json.loads((path / "manifest.json").read_text())
+    if "blank_lines" in manifest["prompt"]:
+        manifest["prompt"]["blank_lines"] = "keep"
     manifest["prompt"] |= {
         "system": "<|im_start|>system\n{}<|im_end|>\n",
         "user": "<|im_start|>user\n{}<|im_end|>\n",
         "assistant": "<|im_start|>assistant\n",
         "turn_end": "<|im_end|>\n",
         "stop": ["<|im_end|>"],
-        "blank_lines": "keep",
         "think": {"none": {"opening": "", "sampling": None}},
     }
     (path / "manifest.json").write_text(json.dumps(manifest))
@@ -140,7 +148,7 @@ def test_a_template_of_special_tokens_is_read_as_the_reference_reads_it(chatml, 
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n  Hello,\n\n  you<|im_end|>\n<|im_start|>assistant\n"
     )
     assert ids == reference
-    assert [i for i in ids if i in (0, 4094, 4095)] == [4095, 4094, 4095, 4094, 4095]
+    assert [i for i in ids if i in (0, 4094, 4095)] == [4094, 4095, 4094, 4095, 4094]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +166,7 @@ def test_a_message_forges_no_turn(message, chatml, monkeypatch):
     assert text == (
         f"<|im_start|>system\nx {message}<|im_end|>\n<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert [i for i in ids if i in (0, 4094, 4095)] == [4095, 4094, 4095, 4094, 4095]
+    assert [i for i in ids if i in (0, 4094, 4095)] == [4094, 4095, 4094, 4095, 4094]
 
 
 def test_special_tokens_are_text_in_the_world_of_plain_words(talker, monkeypatch):
@@ -170,6 +178,195 @@ def test_special_tokens_are_text_in_the_world_of_plain_words(talker, monkeypatch
     assert 0 not in ids
 
 
-WORLD_IDS = [  # by the rwkv package 0.8.32, rwkv_tokenizer.TRIE_TOKENIZER, of "User: " + message + "\n\nAssistant:"
-    ("Hello, 世界! 🦉", [24281, 59, 36786, 45, 33, 10267, 14610, 34, 33, 3319, 167, 138, 261, 5585, 41693, 59]),
-]
+@pytest.mark.parametrize(
+    ("message", "ids"),
+    [  # by the rwkv package 0.8.32: TRIE_TOKENIZER.encode("User: " + message + "\n\nAssistant:")
+        ("Hello, 世界! 🦉", [24281, 59, 36786, 45, 33, 10267, 14610, 34, 33, 3319, 167, 138, 261, 5585, 41693, 59]),
+        (
+            "def f(x):\n    return x  # ok.",
+            [24281, 59, 21515, 337, 41, 121, 501, 28352, 42178, 355, 267, 36, 4709, 47, 261, 5585, 41693, 59],
+        ),
+        ("Why?", [24281, 59, 21152, 64, 261, 5585, 41693, 59]),
+    ],
+)
+def test_world_messages_have_the_ids_of_the_reference(message, ids, model, monkeypatch):
+    assert read(Chat(model("world", quant="int4"), max_tokens=1), monkeypatch)(message) == ids
+
+
+# --- prompts ---
+
+
+def run(*args, stdin=None):
+    found = CliRunner().invoke(cli, ["run", *map(str, args), "--json", "-q", "-n", "3", "-t", "0"], input=stdin)
+    assert found.exit_code == 0, found.output
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("data", "prompt"),
+    [
+        (b"Once\n", "Once"),
+        (b"Once\r\n", "Once"),
+        (b"Once", "Once"),
+        (b"Once\n\n", "Once\n"),
+        (b"\nOnce \n", "\nOnce "),
+    ],
+)
+def test_one_line_end_at_the_end_of_a_prompt_s_file_is_the_file_s(data, prompt, bundle, tmp_path):
+    path, file = bundle("demo", quant="none"), tmp_path / "prompt.txt"
+    file.write_bytes(data)
+    for found in (
+        run(path, "-", stdin=data),
+        run(path, stdin=data),
+        run(path, "--file", file),
+        run(path, "--file", "-", stdin=data),
+    ):
+        assert [x["prompt"] for x in found] == [prompt]
+    assert run(path, "Once\n")[0]["prompt"] == "Once\n"  # an argument is as it is
+
+
+def test_an_empty_prompt_begins_a_text(model, bundle, tmp_path):
+    """As after the token that begins one: 0, <|endoftext|>, as `eval` reads documents."""
+    m, path = model("demo", quant="none"), bundle("demo", quant="none")
+    logits, state = m.feed([0])
+    expected = []
+    for _ in range(3):
+        expected.append(int(logits.argmax()))
+        logits, state = m.feed(expected[-1:], state)
+    for prompt in ("", [], np.empty(0, np.int64)):
+        g = m.generate(prompt, max_tokens=3, temperature=0)
+        assert [t.id for t in g] == expected
+        assert g.state.n_tokens == 4
+    (tmp_path / "empty").touch()
+    for args, stdin in (
+        ([""], None),
+        (["-"], ""),
+        ([], ""),
+        (["-"], "\n"),
+        (["--file", tmp_path / "empty"], None),
+        (["", "--ids"], None),
+    ):
+        (found,) = run(path, *args, stdin=stdin)
+        assert [t["id"] for t in found["tokens"]] == expected
+    with pytest.raises(InputError, match="there are no tokens to read"):
+        m.feed([])
+
+
+# --- a terminal ---
+
+
+class Conversation:
+    """`rwkv-edge chat` on a terminal of its own."""
+
+    def __init__(self, path, *options, wrapper=(), **env):
+        self.seen = ""
+        command = [sys.executable, *wrapper, "chat", str(path), "-n", "3", "-t", "0", "--ban", "0", *options]
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ.update({"TERM": "xterm", "NO_COLOR": "1", "INPUTRC": "/dev/null"} | env)
+            os.execv(sys.executable, command)
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def until(self, pattern, seconds=60):
+        """Read until a pattern comes; give the match."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.seen)):
+            assert select.select([self.fd], [], [], max(0, end - time.monotonic()))[0], f"{pattern!r}: {self.seen[-500:]!r}"
+            self.seen += os.read(self.fd, 4096).decode(errors="replace")
+        self.seen = self.seen[found.end() :]
+        return found
+
+    def turns(self):
+        """End it; give how many tokens were read for each turn since the last call of `until`."""
+        self.until("> ")
+        self.type("/quit\r")
+        with contextlib.suppress(OSError):  # the end, on Linux
+            while data := os.read(self.fd, 4096):
+                self.seen += data.decode(errors="replace")
+        os.waitpid(self.pid, 0)
+        os.close(self.fd)
+        return [int(n) for n in re.findall(r"read (\d+) tokens? at", self.seen)]
+
+
+PLAIN = ["-c", "import sys; sys.modules['readline'] = None; from rwkv_edge.cli import main; main()"]
+LINE_EDITOR = ["-m", "rwkv_edge"]
+
+
+def n_read(message, before=""):
+    reference = Tokenizer.from_file(str(DEMO.with_name("tokenizer.json")))
+    return len(reference.encode(f"{before}User: {message}\n\nAssistant:", add_special_tokens=False).ids)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "term", "pasted"),
+    [
+        (LINE_EDITOR, "xterm", f"\x1b[200~{CODE}\x1b[201~\r"),
+        (LINE_EDITOR, "xterm", f"\x1b[200~{CODE}\n\x1b[201~\r"),
+        (LINE_EDITOR, "dumb", f"{CODE}\n".replace("\n", "\r")),
+        (PLAIN, "xterm", f"{CODE}\n"),
+        (PLAIN, "xterm", f"\n{CODE}\n\n"),
+    ],
+    ids=["bracketed", "bracketed with its end", "not bracketed", "no line editor", "no line editor, blank lines"],
+)
+def test_lines_that_are_pasted_are_one_message(wrapper, term, pasted, bundle):
+    talk = Conversation(bundle("demo", quant="none", template="rwkv"), wrapper=wrapper, TERM=term)
+    talk.until("> ")
+    time.sleep(0.3)  # for the line editor to have set its terminal up
+    talk.type(pasted)
+    n = int(talk.until(r"read (\d+) tokens at")[1])
+    assert n == n_read(CODE)
+    assert talk.turns() == []
+
+
+def test_a_last_line_without_an_end_is_part_of_the_paste(bundle):
+    talk = Conversation(bundle("demo", quant="none", template="rwkv"), wrapper=PLAIN)
+    talk.until("> ")
+    talk.type("one\ntwo")
+    talk.until(r"\.\.\. ")
+    time.sleep(0.3)
+    talk.type(" more\n")
+    assert int(talk.until(r"read (\d+) tokens at")[1]) == n_read("one\ntwo more")
+    assert talk.turns() == []
+
+
+def test_pasted_lines_that_begin_with_a_slash_are_no_command(bundle):
+    talk = Conversation(bundle("demo", quant="none", template="rwkv"), wrapper=LINE_EDITOR)
+    talk.until("> ")
+    time.sleep(0.3)
+    talk.type("\x1b[200~/* x */\nint y;\x1b[201~\r")
+    assert int(talk.until(r"read (\d+) tokens at")[1]) == n_read("/* x */\nint y;")
+    assert talk.turns() == []
+
+
+@pytest.mark.parametrize("wrapper", [LINE_EDITOR, PLAIN], ids=["line editor", "no line editor"])
+def test_what_is_typed_while_a_reply_comes_is_not_a_turn(wrapper, bundle):
+    talk = Conversation(bundle("demo", quant="none", template="rwkv"), "-n", "400", wrapper=wrapper)
+    talk.until("> ")
+    time.sleep(0.3)
+    talk.type("Hello\r")
+    talk.until(r"Hello[\s\S]{80}")  # the reply has begun
+    talk.type("wait\rstop\r")
+    assert int(talk.until(r"read (\d+) tokens at")[1]) == n_read("Hello")
+    talk.until("> ")
+    time.sleep(0.3)
+    talk.type("Well\r")
+    assert int(talk.until(r"read (\d+) tokens at")[1]) == n_read("Well", "\n\n")
+    assert talk.turns() == []
+
+
+def test_what_is_piped_is_a_turn_a_line(bundle):
+    command = [
+        sys.executable,
+        "-m",
+        "rwkv_edge",
+        "chat",
+        str(bundle("demo", quant="none", template="rwkv")),
+        "-n",
+        "3",
+        "-t",
+        "0",
+    ]
+    done = subprocess.run(command, input="one\n  two\n\nthree\n", capture_output=True, text=True, check=True)
+    assert len(re.findall(r"read \d+ tokens", done.stderr)) == 3
