@@ -125,6 +125,9 @@ public struct Manifest: Decodable, Sendable {
         }
     }
 
+    /// Of the tokenizer's file, to which the last ids of a state belong; nil without a tokenizer.
+    var tokenizerSHA256: String? { tokenizer.flatMap { files[$0.file]?.sha256 } }
+
     public struct File: Decodable, Sendable, Equatable {
         public let bytes: Int
         public let sha256: String
