@@ -448,7 +448,8 @@ def run(
 ) -> None:
     """Continue a text.
 
-    PROMPT - is stdin, a whole book if you like. Several prompts are continued one by one, each from the same state.
+    PROMPT - is stdin, a whole book if you like. Of stdin and of files, one line end at the end is left out. An empty prompt
+    begins a text, or goes on from a state. Several prompts are continued one by one, each from the same state.
 
     \b
     rwkv-edge run model-int4 "Once upon a time"
@@ -537,7 +538,8 @@ def chat(
     """Talk with a model that was taught to.
 
     Ctrl-C ends a reply and keeps the conversation; /help lists what else there is. However long the conversation, its
-    memory is one state of fixed size. Without a terminal, every line of stdin is a turn.
+    memory is one state of fixed size. Lines that are pasted together are one message, and what is typed while a reply comes is
+    dropped. Without a terminal, every line of stdin is a turn.
 
     \b
     rwkv-edge chat model-int4 --system "You are a patient teacher."

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import DEMO
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from rwkv_edge import Chat, export, open_bundle
@@ -78,6 +80,29 @@ def read(chat, monkeypatch):
 def test_a_message_is_kept_but_for_its_ends_and_its_blank_lines(message, kept, talker, monkeypatch):
     ids = read(Chat(talker, max_tokens=1), monkeypatch)(message)
     assert talker.decode(ids) == f"User: {kept}\n\nAssistant:"
+
+
+@given(st.text(st.sampled_from("ab \t\n\r\u2028\u3000\x85"), max_size=24), st.booleans())
+def test_the_rule_of_messages_line_by_line(text, collapse):
+    """docs/bundle.md, in lines in place of patterns."""
+    from rwkv_edge.runtime.chat import _message
+
+    lines = text.splitlines(keepends=True)  # of these characters, Python ends lines as the page says
+    while lines and not lines[0].strip():
+        lines.pop(0)
+    while lines and not lines[-1].strip():
+        lines.pop()
+    kept = []
+    for line in lines:
+        if line.strip() or not collapse:
+            kept.append(line)
+        else:
+            kept[-1] = kept[-1].splitlines()[0] + "\n"
+    if kept:
+        kept[-1] = kept[-1].rstrip()
+        if not any(line.strip() and line[0].isspace() for line in kept[1:]):
+            kept[0] = kept[0].lstrip()
+    assert _message(text, "collapse" if collapse else "keep") == "".join(kept)
 
 
 def test_the_system_text_follows_the_same_rule(talker, monkeypatch):

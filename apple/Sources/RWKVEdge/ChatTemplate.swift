@@ -63,7 +63,7 @@ public struct ChatTemplate: Decodable, Sendable, Equatable {
             let apart = try pieces.enumerated().flatMap { try tokenizer.encode($0.element, specialTokens: $0.offset % 2 == 0) }
             let candidates = Set(ids).union(apart).subtracting(ordinary)
             let special = try candidates.filter { try !isOrdinary(tokenizer.decode([$0])) }
-            let isSame = ids.filter(special.contains) == apart.filter(special.contains)
+            let isSame = ids.filter { special.contains($0) } == apart.filter { special.contains($0) }
             return try isSame && messages.allSatisfy(isOrdinary) ? ids : apart
         }
     }

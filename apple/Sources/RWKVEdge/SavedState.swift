@@ -175,11 +175,11 @@ private struct Extras {
 
     init(removedFrom tensors: inout [String: Safetensors.Tensor], _ name: String) throws {
         let damaged = RWKVError.state("\(name) is damaged: its tensors are not the ones that were saved.")
-        let found = try [(Self.recentKey, "I32"), (Self.tokenizerKey, "U8"), (Self.seenKey, "I32"), (Self.countsKey, "F32")].map { key, dtype in
+        var found: [Data?] = []
+        for (key, dtype) in [(Self.recentKey, "I32"), (Self.tokenizerKey, "U8"), (Self.seenKey, "I32"), (Self.countsKey, "F32")] {
             let tensor = tensors.removeValue(forKey: key)
-            guard let tensor else { return nil as Data? }
-            guard tensor.dtype == dtype, tensor.shape.count == 1 else { throw damaged }
-            return tensor.data
+            if let tensor, tensor.dtype != dtype || tensor.shape.count != 1 { throw damaged }
+            found.append(tensor?.data)
         }
         switch (found[0], found[1]) {
         case (nil, nil): break
