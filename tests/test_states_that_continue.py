@@ -159,8 +159,8 @@ def test_a_stop_that_is_not_in_the_state_is_not_counted(words, stop, kept, exact
     for i in said:
         counts = {token: 0.9 * count for token, count in counts.items()}
         counts[i] = counts.get(i, 0) + (exact.decode([i]) not in " \t0123456789")
-    expected, _ = penalized(exact, *exact.feed([*exact.encode("Once"), *said]), 6, counts)
-    assert [t.id for t in exact.generate("", g.state, max_tokens=6, **PENALTIES)] == expected
+    expected, _ = penalized(exact, *exact.feed([*exact.encode("Once"), *said]), 20, counts)
+    assert [t.id for t in exact.generate("", g.state, max_tokens=20, **PENALTIES)] == expected
 
 
 def test_chat_goes_on_from_a_file_as_if_never_stopped(model, tmp_path):

@@ -156,7 +156,7 @@ class Loop:
         if state is not None and state.logits is not None:
             self.logits = state.logits.copy()
         self.n_tokens = 0 if state is None else state.n_tokens
-        self.recent = self._model.recent(state)
+        self.recent = self._model._recent(state)
         self.occurrences = None if state is None else state.occurrences
         tensors = {
             name: (np.full(t.shape, t.first) if state is None else state.tensors[name]) / self._factors[name]
@@ -195,7 +195,7 @@ class Loop:
         """Copy the state out."""
         tensors = {name: np.array(x, np.float32, order="C") for name, x in self.tensors().items()}
         logits = self.logits.astype(np.float32) if self.n_tokens else None
-        return self._model.new_state(self, tensors, logits)
+        return self._model._new_state(self, tensors, logits)
 
     def read(self, ids: "Tokens", *, every: bool = False, progress: Callable[[int, int], None] | None = None) -> Array:
         """Read tokens.
@@ -255,7 +255,7 @@ class Loop:
                     known |= {name.removesuffix("_out"): x for name, x in found.items()}
             logits = np.concatenate([known["logits"] for known in passed])
             # together: an interrupt comes before or after, and finds a whole state
-            n_tokens, recent = self.n_tokens + sum(map(len, ids)), self._model.later(self.recent, np.concatenate(ids).tolist())
+            n_tokens, recent = self.n_tokens + sum(map(len, ids)), self._model._later(self.recent, np.concatenate(ids).tolist())
             self._state, self.n_tokens, self.recent, self.logits = new, n_tokens, recent, logits[-1].copy()
             return logits
         except BaseException:  # an interrupt too

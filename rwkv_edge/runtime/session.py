@@ -227,16 +227,16 @@ class Model:
                 return np.empty(0, np.int64)
         return self.check_tokens(ids)
 
-    def recent(self, state: State | None) -> tuple[int, ...]:
+    def _recent(self, state: State | None) -> tuple[int, ...]:
         """Give the last ids of a state; none if they are another tokenizer's."""
         return state.recent if state is not None and state.tokenizer == self.tokenizer_sha256 else ()
 
-    def new_state(self, loop: "Loop | coreml.Loop", tensors: Mapping[str, Array], logits: Array | None) -> State:
+    def _new_state(self, loop: "Loop | coreml.Loop", tensors: Mapping[str, Array], logits: Array | None) -> State:
         """Give the state of a loop: its tensors, and what it knows of the text."""
         of = self.tokenizer_sha256 if loop.recent else None
         return State(self.bundle.model_id, loop.n_tokens, tensors, logits, loop.recent, of, loop.occurrences)
 
-    def later(self, recent: tuple[int, ...], ids: list[int]) -> tuple[int, ...]:
+    def _later(self, recent: tuple[int, ...], ids: list[int]) -> tuple[int, ...]:
         """Give the last ids after some more; none without a tokenizer, whose ids they would be."""
         return (*recent, *ids[-N_RECENT:])[-N_RECENT:] if self.tokenizer_sha256 else ()
 
@@ -303,7 +303,7 @@ class Loop:
         if state is not None and state.logits is not None:
             self.logits = state.logits.copy()
         self.n_tokens = 0 if state is None else state.n_tokens
-        self.recent = self._model.recent(state)
+        self.recent = self._model._recent(state)
         self.occurrences = None if state is None else state.occurrences
         for name, t in self._spec.state_tensors.items():
             buffer = self._buffer(name)
@@ -313,7 +313,7 @@ class Loop:
         """Copy the state out."""
         tensors = {name: self._buffer(name).copy(order="C") for name in self._spec.state_tensors}
         logits = self.logits.copy() if self.n_tokens else None
-        return self._model.new_state(self, tensors, logits)
+        return self._model._new_state(self, tensors, logits)
 
     def _buffer(self, name: str) -> Array:
         """The current buffer as the state's document has it: a view."""
@@ -375,7 +375,7 @@ class Loop:
         except Exception as e:  # onnxruntime's errors are of several unrelated classes
             raise BackendError(f"onnxruntime failed: {_first_line(e)}") from e
         # together: an interrupt comes before or after, and finds a whole state
-        n_tokens, recent = self.n_tokens + len(ids), self._model.later(self.recent, ids)
+        n_tokens, recent = self.n_tokens + len(ids), self._model._later(self.recent, ids)
         self._at, self.n_tokens, self.recent, self.logits = self._at ^ 1, n_tokens, recent, logits[-1]
 
 
