@@ -48,7 +48,7 @@ def main() -> None:
     path = tokenizer_beside(a.checkpoint, spec.n_vocab)
     assert path, "no tokenizer beside the checkpoint"
     tokenizer = open_tokenizer(path)
-    windows = [p.ids for p in passages(documents(a.text), tokenizer, end_of_text=None, window=a.tokens, limit=a.windows)]
+    windows = [p.ids for p in passages(documents(a.text), tokenizer, bos_token_id=0, window=a.tokens, limit=a.windows)]
     ids = [i for text in documents(a.calibrate) for i in tokenizer.encode(text)] if a.calibrate else made_up(a.checkpoint)
     importance = mean_squares(spec, weights, ids)
 
@@ -101,7 +101,7 @@ def made_up(checkpoint: Path) -> list[int]:
     """Texts of the model's own, at temperature 1."""
     with tempfile.TemporaryDirectory() as folder:
         model = open_bundle(export(checkpoint, Path(folder, "fp32"), quant="none").path, threads=1)
-        first, ids = model.end_of_text or 0, []
+        first, ids = model.bos_token_id, []
         for seed in range(32):
             ids += [first, *(t.id for t in model.generate([first], max_tokens=255, temperature=1.0, top_p=1.0, seed=seed))]
     return ids

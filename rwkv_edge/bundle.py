@@ -201,7 +201,7 @@ _MANIFEST: Any = {
     },
     "files": {...: {"bytes": _PLACE, "sha256": _SHA}},
     "initial_state": (None, str),
-    "tokenizer": (None, {"kind": {"json", "world"}, "file": str, "end_of_text": (None, _PLACE)}),
+    "tokenizer": (None, {"kind": {"json", "world"}, "file": str, "eos_token_ids": [_PLACE], "bos_token_id": _PLACE}),
     "prompt": (
         None,
         {
@@ -210,6 +210,7 @@ _MANIFEST: Any = {
             "assistant": str,
             "turn_end": str,
             "stop": [_SOME],
+            "blank_lines": {"keep", "collapse"},
             "think": {...: {"opening": str, "sampling": (None, _SAMPLING)}},
         },
     ),
@@ -342,8 +343,9 @@ def _validate(bundle: Bundle) -> None:
     if any(t.shape not in ((spec.n_embd,), (spec.n_head, *2 * [spec.head_size])) for t in spec.state):
         raise BundleError(f"{where} is damaged: its state does not fit n_embd={spec.n_embd}")
     about, prompt = manifest["tokenizer"], manifest["prompt"]
-    if about and about["end_of_text"] is not None and about["end_of_text"] >= spec.n_vocab:
-        raise BundleError(f"{where} is damaged: its end of text, {about['end_of_text']}, is no token of {spec.n_vocab}")
+    for i in [*about["eos_token_ids"], about["bos_token_id"]] if about else []:
+        if i >= spec.n_vocab:
+            raise BundleError(f"{where} is damaged: token {i} ends or begins a text, and there are {spec.n_vocab}")
     if prompt and "none" not in prompt["think"]:
         raise BundleError(f"{where} is damaged: its chat template has no way of thinking called 'none'")
     tables = {bundle.tensors[name].shape for name in spec.tables}

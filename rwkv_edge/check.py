@@ -396,8 +396,7 @@ def _is_exact_but_for_accuracy(bundle: Bundle) -> bool:
 def _sample(model: Model, n_tokens: int) -> list[int]:
     """Let the model write its own test: sampled, so that it does not repeat itself."""
     rng, sampling = np.random.default_rng(0), Sampling()
-    about = model.bundle.manifest["tokenizer"]
-    ids, state = [int((about and about["end_of_text"]) or 0)], None
+    ids, state = [model.bos_token_id], None
     try:
         while len(ids) < n_tokens:
             logits, state = model.feed(ids[-1:], state)

@@ -457,7 +457,8 @@ def run(
 ) -> None:
     """Continue a text.
 
-    PROMPT - is stdin, a whole book if you like. Several prompts are continued one by one, each from the same state.
+    PROMPT - is stdin, a whole book if you like. Of stdin and of files, one line end at the end is left out. An empty prompt
+    begins a text, or goes on from a state. Several prompts are continued one by one, each from the same state.
 
     \b
     rwkv-edge run model-int4 "Once upon a time"
@@ -479,7 +480,7 @@ def run(
     model, load_s = _open(bundle, threads, interpret)
     state = model.load_state(load_state) if load_state else None
     settings = _by_id(model, settings)
-    reads = [model.check_tokens(_ids(text) if ids else model.encode(text), after=state).tolist() for text in texts]
+    reads = [model.prompt_ids(_ids(text) if ids else text, state).tolist() for text in texts]
     speaks = not (as_json or ids or logprobs is not None)
     for n, (text, tokens) in enumerate(zip(texts, reads, strict=True)):
         generation = model.generate(tokens, state, max_tokens=max_tokens, stop=stop, top_logprobs=logprobs or 0, **settings)
@@ -546,7 +547,8 @@ def chat(
     """Talk with a model that was taught to.
 
     Ctrl-C ends a reply and keeps the conversation; /help lists what else there is. However long the conversation, its
-    memory is one state of fixed size. Without a terminal, every line of stdin is a turn.
+    memory is one state of fixed size. Lines that are pasted together are one message, and what is typed while a reply comes is
+    dropped. Without a terminal, every line of stdin is a turn.
 
     \b
     rwkv-edge chat model-int4 --system "You are a patient teacher."
@@ -771,8 +773,9 @@ def _prompts(prompts: tuple[str, ...], files: tuple[Path, ...], lines: Path | No
                 return [""]
             raise click.UsageError("Give a prompt: as PROMPT, with --file or --lines, or on stdin.")
         prompts = ("-",)
-    texts = [_stdin() if prompt == "-" else prompt for prompt in prompts]
-    texts += [_read_text(file) for file in files]
+    # one line end at the end of a file is the file's, not the prompt's: so llama.cpp reads its --file
+    texts = [_stdin().removesuffix("\n") if prompt == "-" else prompt for prompt in prompts]
+    texts += [_read_text(file).removesuffix("\n") for file in files]
     if lines:
         texts += [line for line in _read_text(lines).split("\n") if line.strip()]
         if not texts:

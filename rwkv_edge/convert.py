@@ -72,6 +72,7 @@ TEMPLATES: dict[str, dict[str, Any] | None] = {
         "assistant": "Assistant:",
         "turn_end": "\n\n",
         "stop": ["\n\nUser:", "\n\nSystem:"],
+        "blank_lines": "collapse",  # one ends a turn
         "think": {
             "none": {"opening": "", "sampling": None},
             "fast": {"opening": " <think>\n</think", "sampling": _sampling(top_p=0.28, top_k=32)},
@@ -409,14 +410,14 @@ def _plan(source: Checkpoint, quant: str | None, block: int | None, overrides: S
 
 
 def _calibration(plan: Plan, given: str | Sequence[str], file: Path | None, about: Mapping[str, Any]) -> list[int]:
-    """The tokens of a calibration, every text after an end of text."""
+    """The tokens of a calibration, every text after the token that begins one."""
     texts = [given] if isinstance(given, str) else given
     if not any(r.rows for r in plan.values()):
         raise ExportError("calibrate is for tables: give quant lut4 or lut6, with target coreml")
     if file is None:
         raise InputError("to calibrate takes a tokenizer, and none lies beside the checkpoint: give --tokenizer")
-    tokenizer, end = open_tokenizer(file), about["end_of_text"]
-    ids = [i for text in texts for i in ([] if end is None else [end]) + tokenizer.encode(text)]
+    tokenizer = open_tokenizer(file)
+    ids = [i for text in texts if text for i in (about["bos_token_id"], *tokenizer.encode(text))]
     if not ids:
         raise InputError("the text to calibrate on is empty")
     return ids[:CALIBRATION]
@@ -436,7 +437,9 @@ def _tokenizer(source: Checkpoint, given: str | Path | None) -> tuple[Path | Non
             "model; give the right one with --tokenizer, or none to do without"
         )
     name = "rwkv_vocab.txt" if tokenizer.kind == World.kind else "tokenizer.json"
-    return file, {"kind": tokenizer.kind, "file": name, "end_of_text": tokenizer.end_of_text}
+    end = tokenizer.eos_token_id
+    about = {"kind": tokenizer.kind, "file": name, "eos_token_ids": [] if end is None else [end], "bos_token_id": end or 0}
+    return file, about
 
 
 # --- streaming the tensors ---

@@ -151,9 +151,9 @@ def _lines_of_json(path: Path, text: str) -> list[str]:
 
 
 def passages(
-    texts: Sequence[str], tokenizer: Tokenizer, *, end_of_text: int | None, window: int | None, limit: int | None
+    texts: Sequence[str], tokenizer: Tokenizer, *, bos_token_id: int, window: int | None, limit: int | None
 ) -> list[Passage]:
-    """Cut texts into what is read at once: whole documents, each after an end of text, or windows of so many tokens."""
+    """Cut texts into what is read at once: whole documents, each after the token that begins a text, or windows."""
     found = []
     for text in texts:
         ids = tokenizer.encode(text)
@@ -163,10 +163,8 @@ def passages(
             sizes[-1] += len(stream.finish().encode())
         if window:
             found += [Passage(ids[i : i + window], sizes[i : i + window]) for i in range(0, len(ids), window)]
-        elif end_of_text is None:
-            found.append(Passage(ids, sizes))
         else:
-            found.append(Passage([end_of_text, *ids], [0, *sizes]))
+            found.append(Passage([bos_token_id, *ids], [0, *sizes]))
     found = [p for p in found if len(p.ids) > 1][:limit]
     if not found:
         raise InputError("the text is shorter than two tokens")
@@ -207,8 +205,8 @@ def evaluate(
     if window is not None and (type(window) is not int or window < 2):
         raise InputError(f"a window of {window} tokens predicts nothing: expected a whole number, 2 or more")
     _refuse_no_texts(texts, limit)
-    feeds, names, tokenizer, end_of_text = _open(bundles, against, lora, threads, exact, interpret)
-    read = passages(texts, tokenizer, end_of_text=end_of_text, window=window, limit=limit)
+    feeds, names, tokenizer, bos_token_id = _open(bundles, against, lora, threads, exact, interpret)
+    read = passages(texts, tokenizer, bos_token_id=bos_token_id, window=window, limit=limit)
     total, done = sum(len(p.ids) - 1 for p in read), 0
     pieces, n_tokens, n_bytes = [], [], []
     for passage in read:
@@ -249,7 +247,7 @@ def last_words(
     Source  arXiv 1606.06031; the counting is that of the official RWKV scripts
     """
     _refuse_no_texts(texts, limit)
-    feeds, names, tokenizer, end_of_text = _open(bundles, against, lora, threads, exact, interpret)
+    feeds, names, tokenizer, bos_token_id = _open(bundles, against, lora, threads, exact, interpret)
     nll: list[list[float]] = [[] for _ in feeds]
     right: list[list[bool]] = [[] for _ in feeds]
     texts = list(texts)[:limit]
@@ -258,8 +256,7 @@ def last_words(
         if not last:
             raise InputError(f"text {n} has no last word: {text[:40]!r}")
         before, word = text[: last.start()], last[0]
-        start = [] if end_of_text is None else [end_of_text]
-        ids, target = start + tokenizer.encode(before), tokenizer.encode(word)
+        ids, target = [bos_token_id, *tokenizer.encode(before)], tokenizer.encode(word)
         for k, model in enumerate(feeds):
             first, state = model.feed(ids)
             rows = first[None]
@@ -299,8 +296,8 @@ def _open(
     threads: int | None,
     exact: bool,
     interpret: bool,
-) -> tuple[list[Feeds], list[str], Tokenizer, int | None]:
-    """What is compared, the checkpoint first, with their names; the tokenizer they share, and its end of text."""
+) -> tuple[list[Feeds], list[str], Tokenizer, int]:
+    """What is compared, the checkpoint first, with their names; the tokenizer they share, and what begins a text."""
     if not bundles:
         raise InputError("there is no bundle to evaluate")
     models = []
@@ -330,7 +327,7 @@ def _open(
     if against:
         feeds.insert(0, _reference(against, lora, first))
         names.insert(0, Path(against).name)
-    return feeds, names, first.tokenizer, first.end_of_text
+    return feeds, names, first.tokenizer, first.bos_token_id
 
 
 def _tokenizer_sha(model: Model) -> str:

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+try:
+    import termios
+    import tty
+except ImportError:  # on Windows
+    termios = None  # type: ignore[assignment]
 
 from .errors import CheckFailed, InputError, RwkvEdgeError
 
@@ -352,6 +360,7 @@ _CHAT_HELP = """\
 /reset       begin anew
 /stats       how long the conversation is, and what it takes
 /quit        end, as Ctrl-D does
+Lines that are pasted together are one message.
 A line that ends with \\ goes on in the next one. Ctrl-C ends a reply."""
 
 
@@ -381,10 +390,11 @@ def converse(model: Any, talk: Any, load_s: float, quiet: bool) -> None:
         if command in ("/quit", "/exit"):
             return
         try:
-            if command.startswith("/"):
+            if command.startswith("/") and "\n" not in text.strip():
                 say(_chat_command(model, talk, command, rest.strip()))
             elif text.strip():
-                _reply(talk.say(text))
+                with _typed_meanwhile_is_dropped():
+                    _reply(talk.say(text))
                 say(stats_line(model, talk.generation, None if spoken else load_s) + "\n", quiet)
                 spoken = True
         except KeyboardInterrupt:
@@ -400,26 +410,71 @@ def converse(model: Any, talk: Any, load_s: float, quiet: bool) -> None:
 
 
 def _turn() -> str:
-    """One message: a line, or several with \\ at the end of all but the last."""
-    lines: list[str] = []
+    """One message: a line, or several that were pasted together, or with \\ at the end of all but the last."""
+    text = ""
     while True:
-        if is_terminal(sys.stdin) and is_terminal(sys.stdout):
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401 (gives input() its line editor and history)
-            try:
-                line = input("... " if lines else "> ")
-            except UnicodeDecodeError as e:
-                raise InputError(f"that was not UTF-8 text: {e.reason}") from e
-        else:
-            data = sys.stdin.buffer.readline()
-            if not data and lines:
-                return "\n".join(lines)
-            if not data:
-                raise EOFError
-            line = text_of(data, "stdin").removesuffix("\n")
-        lines.append(line.removesuffix("\\"))
+        try:
+            line = _line("... " if text else "> ")
+        except EOFError:
+            if text and not is_terminal(sys.stdin):
+                return text
+            raise
+        with contextlib.suppress(EOFError):
+            while _is_pasting():
+                line += "\n" + _line("... ")
+        text += line.removesuffix("\\")
         if not line.endswith("\\"):
-            return "\n".join(lines)
+            return text
+        text += "\n"
+
+
+def _line(prompt: str) -> str:
+    """A line of stdin; of a terminal's line editor, all that was pasted into it."""
+    if is_terminal(sys.stdin) and is_terminal(sys.stdout):
+        _edit_lines()
+        try:
+            return input(prompt)
+        except UnicodeDecodeError as e:
+            raise InputError(f"that was not UTF-8 text: {e.reason}") from e
+    data = sys.stdin.buffer.readline()
+    if not data:
+        raise EOFError
+    return text_of(data, "stdin").removesuffix("\n")
+
+
+@functools.cache
+def _edit_lines() -> None:
+    """Give input() its line editor and history, where Python has one."""
+    with contextlib.suppress(ImportError):
+        import readline
+
+        if "libedit" not in (readline.__doc__ or ""):  # as on macOS: it takes a paste line by line
+            readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off
+
+
+def _is_pasting() -> bool:
+    """Whether the next line is there before a person can have typed it: a terminal may give a paste line by line."""
+    if termios is None or not is_terminal(sys.stdin):
+        return False
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setcbreak(sys.stdin, termios.TCSANOW)  # otherwise a last line without an end would not be seen
+        return bool(select.select([sys.stdin], [], [], _PASTE_S)[0])
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+_PASTE_S = 0.05
+
+
+@contextmanager
+def _typed_meanwhile_is_dropped() -> Iterator[None]:
+    """What is typed while a reply comes is not a message. What is piped is."""
+    try:
+        yield
+    finally:
+        if termios is not None and is_terminal(sys.stdin):
+            termios.tcflush(sys.stdin, termios.TCIFLUSH)
 
 
 def _reply(pieces: Any) -> None:

@@ -3,6 +3,8 @@
 import ast
 import codecs
 import contextlib
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,35 +17,45 @@ from .errors import InputError
 _END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>")
 
 WORLD = Path(__file__).parent / "world" / "rwkv_vocab_v20230424.txt"
-WORLD_SIZE = 65536  # rows of the embedding; the ids from 65530 on mean nothing
+WORLD_SIZE = 65536  # rows of the embedding
+WORLD_TOKENS = 65530  # ids of the vocabulary, with 0, the end of text; the rows from here on are for tokens that a model adds
 
 
 class Json:
     """A `tokenizer.json` of the tokenizers library.
 
-    n_vocab      ids run from 0 to n_vocab - 1
-    end_of_text  the id that ends a text, or None
+    n_vocab       ids run from 0 to n_vocab - 1
+    eos_token_id  the id that ends a text, or None
+
+    The file's own `truncation`, `padding` and `dropout` are settings of a training, not of the vocabulary: they are off.
     """
 
     kind = "json"
 
     def __init__(self, path: Path) -> None:
         try:
-            self._t = tokenizers.Tokenizer.from_file(str(path))
+            self._t = _plain(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as e:  # the library raises Exception itself
             raise InputError(f"{path} is no tokenizer.json: {e}") from e
+        self._without_special: tokenizers.Tokenizer | None = None
         self.n_vocab: int = 1 + max(self._t.get_vocab(with_added_tokens=True).values(), default=-1)
         ids = (self._t.token_to_id(token) for token in _END_OF_TEXT)
-        self.end_of_text: int | None = next((i for i in ids if i is not None), None)
+        self.eos_token_id: int | None = next((i for i in ids if i is not None), None)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Give the ids of a text.
+
+        special_tokens  False: the text of a special token is text as any other, such as <|im_end|> in a message
 
         Raises  InputError if it is not Unicode text, or the tokenizer has no token for it.
         """
+        if not special_tokens and self._without_special is None:
+            self._without_special = _without_special(self._t)
+        t = self._t if special_tokens else self._without_special
+        assert t is not None
         try:
             text.encode()
-            ids: list[int] = self._t.encode(text, add_special_tokens=False).ids
+            ids: list[int] = t.encode(text, add_special_tokens=False).ids
         except UnicodeEncodeError as e:
             raise InputError(f"the tokenizer cannot encode this text: {e.reason} at character {e.start}") from e
         except Exception as e:  # the library raises Exception itself
@@ -58,6 +70,28 @@ class Json:
     def stream(self, after: Sequence[int] = ()) -> "JsonStream":
         """Decode token by token what comes after these ids."""
         return JsonStream(self, after)
+
+
+def _plain(t: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A tokenizer that gives all of a text's tokens and no others, and the same ones each time."""
+    t.no_truncation()
+    t.no_padding()
+    if getattr(t.model, "dropout", None) is not None:  # of BPE: merges that are left out at random
+        t.model.dropout = None
+    return t
+
+
+def _without_special(t: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer, to which added tokens are text: special ones, and others in the form of one, `<tool_call>`.
+
+    Added tokens of another form, such as runs of blanks, are found as before.
+    """
+    about = json.loads(t.to_str())
+    for added in about["added_tokens"]:
+        added["special"] |= bool(re.fullmatch("<.+>", added["content"], re.S))
+    other = _plain(tokenizers.Tokenizer.from_str(json.dumps(about)))
+    other.encode_special_tokens = True
+    return other
 
 
 _WINDOW = 8  # ids that can still change how the next one reads: a character has at most four
@@ -105,13 +139,15 @@ class JsonStream:
 class World:
     """RWKV's World vocabulary: at every place the longest token that fits, over bytes.
 
-    n_vocab, end_of_text  as of Json; id 0 ends a text
+    n_vocab, eos_token_id  as of Json; id 0 ends a text
+
+    Special tokens are those from id 65530 on, where the vocabulary that every World model has ends, and `<|...|>`.
 
     Source  BlinkDL/ChatRWKV, tokenizer/rwkv_vocab_v20230424.txt: lines of `id repr length`, of text or of bytes
     """
 
     kind = "world"
-    end_of_text = 0
+    eos_token_id = 0
 
     def __init__(self, path: Path) -> None:
         try:
@@ -124,6 +160,8 @@ class World:
         except (OSError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as e:
             raise InputError(f"{path} is no World vocabulary: {e}") from e
         self._ids = dict(zip(tokens, ids, strict=True))
+        special = {x for x, i in self._ids.items() if i >= WORLD_TOKENS or (x[:2] == b"<|" and x[-2:] == b"|>")}
+        self._ordinary = {x: i for x, i in self._ids.items() if x not in special} if special else self._ids
         self._tokens = dict(zip(ids, tokens, strict=True))
         sound = [len(x) for x in tokens] == lengths and all(bytes([b]) in self._ids for b in range(256))
         if not sound or min(ids) < 1 or len(self._tokens) != len(ids):
@@ -136,8 +174,10 @@ class World:
                 longer.setdefault(token[:4], set()).add(len(token))
         self._longer = {head: tuple(sorted(sizes, reverse=True)) for head, sizes in longer.items()}
 
-    def encode(self, text: str | bytes) -> list[int]:
+    def encode(self, text: str | bytes, *, special_tokens: bool = True) -> list[int]:
         """Give the ids of a text, or of bytes.
+
+        special_tokens  as of Json
 
         Raises  InputError if it is not Unicode text.
         """
@@ -145,7 +185,7 @@ class World:
             data = text.encode() if isinstance(text, str) else text
         except UnicodeEncodeError as e:
             raise InputError(f"the tokenizer cannot encode this text: {e.reason} at character {e.start}") from e
-        get, longer, none = self._ids.get, self._longer.get, ()
+        get, longer, none = (self._ids if special_tokens else self._ordinary).get, self._longer.get, ()
         found: list[int] = []
         at, end = 0, len(data)
         while at < end:  # at the end of the data slices are shorter, and then all that is left

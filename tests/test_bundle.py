@@ -354,7 +354,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, random_pth):
         (lambda m: m["sampling"].pop("top_k"), "manifest.sampling has no 'top_k'"),
         (lambda m: m["sampling"].update(top_q=1), "manifest.sampling has 'top_q', which is unknown"),
         (lambda m: m["sampling"].update(top_p=0), "manifest.sampling.top_p is '0'"),
-        (lambda m: m["tokenizer"].update(end_of_text=4096), "its end of text, 4096, is no token of 4096"),
+        (lambda m: m["tokenizer"].update(eos_token_ids=[0, 4096]), "token 4096 ends or begins a text, and there are 4096"),
+        (lambda m: m["tokenizer"].update(bos_token_id=4096), "token 4096 ends or begins a text, and there are 4096"),
+        (lambda m: m["prompt"].update(blank_lines="fold"), "manifest.prompt.blank_lines is 'fold'"),
     ],
 )
 def test_a_damaged_template_is_the_bundle_s_fault(change, message, copy):
@@ -370,7 +372,7 @@ def test_a_model_of_world_s_size_gets_its_tokenizer_and_its_roles(bundle, model,
     """Without a word, as the official checkpoints come; and nothing is chosen that is no token."""
     path = bundle("world", quant="int4")
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["tokenizer"] == {"kind": "world", "file": "rwkv_vocab.txt", "end_of_text": 0}
+    assert manifest["tokenizer"] == {"kind": "world", "file": "rwkv_vocab.txt", "eos_token_ids": [0], "bos_token_id": 0}
     assert (path / "rwkv_vocab.txt").read_bytes() == WORLD.read_bytes()
     assert manifest["prompt"] == TEMPLATES["rwkv"]
     m = model("world", quant="int4")

@@ -13,7 +13,7 @@ from rwkv_edge import Chat
 from rwkv_edge.cli import cli
 from rwkv_edge.convert import TEMPLATES
 from rwkv_edge.errors import InputError, OutputError, StateError
-from rwkv_edge.runtime.chat import N_UNDO, _paragraphs, _reply
+from rwkv_edge.runtime.chat import N_UNDO, _reply
 
 
 @pytest.fixture
@@ -138,10 +138,6 @@ def test_ways_of_thinking_bring_their_sampling(talker):
         Chat(talker, think="deep")
 
 
-def test_a_message_has_no_blank_lines():
-    assert _paragraphs(" a\r\n\r\n b \n\n\nUser: c\n") == "a\nb\nUser: c"
-
-
 def test_an_interrupt_does_not_keep_what_was_not_said(talker, monkeypatch):
     """The beginning of a stop text was held back when Ctrl-C came: the state does not have it either."""
     from rwkv_edge.runtime.session import Loop
@@ -178,7 +174,9 @@ def test_an_interrupt_does_not_keep_what_was_not_said(talker, monkeypatch):
 def test_a_message_cannot_end_the_text(talker):
     chat = Chat(talker, max_tokens=1, temperature=0)
     "".join(chat.say("a<|endoftext|>b"))
-    ids = [i for i in talker.encode("User: a<|endoftext|>b\n\nAssistant:") if i]
+    ids = talker.tokenizer.encode("User: a<|endoftext|>b\n\nAssistant:", special_tokens=False)
+    assert 0 not in ids
+    assert talker.decode(ids) == "User: a<|endoftext|>b\n\nAssistant:"
     assert chat.state.n_tokens == len(ids) + chat.generation.stats.n_generated
 
 

@@ -678,7 +678,7 @@ def test_tables_are_made_for_what_flows_into_them(tmp_path, bundle):
 
 def test_a_text_to_calibrate_on_is_one_text(weights):
     plan = coreml_plan(weights("odd")[0], "lut4", "ane")
-    given = (DEMO.with_name("tokenizer.json"), {"end_of_text": 0})
+    given = (DEMO.with_name("tokenizer.json"), {"eos_token_ids": [0], "bos_token_id": 0})
     assert _calibration(plan, "Once upon a time", *given) == _calibration(plan, ["Once upon a time"], *given)
 
 

@@ -202,7 +202,6 @@ def test_tokens_that_are_none(tokens, message, demo):
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ("", {}, "there are no tokens to read"),
         ("a", {"max_tokens": -1}, "max_tokens -1 is not possible"),
         ("a", {"temperature": -0.1}, "temperature -0.1 is not possible"),
         ("a", {"top_p": 2}, "top_p 2 is not possible"),
@@ -292,7 +291,7 @@ def test_a_state_is_saved_over_states_only(exact, tmp_path):
 
 def test_end_of_text_ends_the_generation(exact, monkeypatch):
     ids = [t.id for t in exact.generate(STORY, max_tokens=20, temperature=0)]
-    monkeypatch.setattr(exact, "end_of_text", ids[7])
+    monkeypatch.setattr(exact, "eos_token_ids", (ids[7],))
     first = ids.index(ids[7])
     g = exact.generate(STORY, max_tokens=20, temperature=0)
     assert [t.id for t in g] == ids[: first + 1]
@@ -349,7 +348,7 @@ def test_why_a_generation_ended(exact, monkeypatch):
         assert g.finish == (None if options["max_tokens"] else "length")
         list(g)
         assert g.finish == finish
-    monkeypatch.setattr(exact, "end_of_text", ids[2])
+    monkeypatch.setattr(exact, "eos_token_ids", (ids[2],))
     g = exact.generate(STORY, temperature=0)
     assert len(list(g)) == 3
     assert g.finish == "end"
@@ -473,7 +472,7 @@ def test_an_interrupt_anywhere_leaves_a_state_to_go_on_from(exact, monkeypatch):
 
 
 def test_generations_do_not_disturb_each_other(demo, monkeypatch):
-    monkeypatch.setattr(demo, "end_of_text", None)
+    monkeypatch.setattr(demo, "eos_token_ids", ())
     alone = [[t.id for t in demo.generate(STORY, max_tokens=25, seed=s)] for s in range(3)]
     together = [demo.generate(STORY, max_tokens=25, seed=s) for s in range(3)]
     rows = list(zip(*together, strict=True))
@@ -503,7 +502,7 @@ def test_threads_share_a_model_and_a_state(demo):
 def test_memory_is_flat_however_long_the_text(demo, monkeypatch):
     """A list that kept a number for every token would grow by 40 bytes a token. What grows here is Python's own store of
     small objects, which fills up: measured 8 kB over the first 1,000 tokens, 1 to 3 kB over the 3,000 after them."""
-    monkeypatch.setattr(demo, "end_of_text", None)
+    monkeypatch.setattr(demo, "eos_token_ids", ())
     n = 3000
     g = demo.generate(STORY, max_tokens=1000 + n, seed=1)
     tracemalloc.start()

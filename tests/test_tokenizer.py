@@ -15,10 +15,10 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
 def test_what_they_are():
-    assert (T.n_vocab, T.end_of_text, T.kind) == (4096, 0, "json")
+    assert (T.n_vocab, T.eos_token_id, T.kind) == (4096, 0, "json")
     assert T.encode("Once upon a time") == [715, 540, 259, 476]
     assert T.decode([0]) == "<|endoftext|>"
-    assert (W.n_vocab, W.end_of_text, W.kind) == (65530, 0, "world")
+    assert (W.n_vocab, W.eos_token_id, W.kind) == (65530, 0, "world")
     # by the rwkv package 0.8.32
     assert W.encode("User: Hello, 世界! 🦉\r\n") == [24281, 59, 36786, 45, 33, 10267, 14610, 34, 33, 3319, 167, 138, 263]
     assert W.decode([0, 65535]) == ""

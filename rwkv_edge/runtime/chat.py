@@ -1,7 +1,9 @@
 """A conversation: turns in the roles that a model was trained on, its memory one state of fixed size."""
 
+import re
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -69,13 +71,18 @@ class Chat:
         if not isinstance(text, str):
             raise InputError(f"a message is text, not {type(text).__name__}")
         t = self._template
-        ask = t["user"].replace("{}", _paragraphs(text)) + t["assistant"] + self._opening
+        ask = _Ask(t["blank_lines"])
         if self.state is not None:
-            ask = t["turn_end"] + ask
+            ask.template(t["turn_end"])
         elif self._system:
-            ask = t["system"].replace("{}", _paragraphs(self._system)) + ask
-        ids = [i for i in self._model.encode(ask) if i != self._model.end_of_text]  # a message cannot end the text
-        g = self._model.generate(ids, self.state, max_tokens=self._max_tokens, stop=t["stop"], sampling=self._sampling)
+            ask.fill(t["system"], self._system)
+        ask.fill(t["user"], text)
+        ask.template(t["assistant"] + self._opening)
+        # Penalties count within a reply (as in BlinkDL/ChatRWKV, API_DEMO_CHAT.py), or they would in time forbid what every
+        # reply has, such as </think>.
+        state = self.state and replace(self.state, occurrences=None)
+        ids = ask.encode(self._model)
+        g = self._model.generate(ids, state, max_tokens=self._max_tokens, stop=t["stop"], sampling=self._sampling)
         self.generation = g
         try:
             yield from _reply(self._opening, (token.text for token in g))
@@ -118,9 +125,53 @@ class Chat:
         self.state = state
 
 
-def _paragraphs(text: str) -> str:
-    """A message as the models know it: no blank line, which would end the turn."""
-    return "\n".join(filter(None, (line.strip() for line in text.replace("\r", "\n").split("\n"))))
+class _Ask:
+    """What is read before a reply: pieces of the template and of messages in turn."""
+
+    def __init__(self, blank_lines: str) -> None:
+        self._blank_lines = blank_lines
+        self._pieces = [""]  # the template's at even places, a message's at odd ones
+
+    def template(self, text: str) -> None:
+        self._pieces[-1] += text
+
+    def fill(self, template: str, message: str) -> None:
+        before, after = template.split("{}")
+        self._pieces[-1] += before
+        self._pieces += [_message(message, self._blank_lines), after]
+
+    def encode(self, model: Model) -> list[int]:
+        """Give the ids: those of the whole text, as long as its special tokens are the template's."""
+        whole, templates, messages = "".join(self._pieces), self._pieces[::2], self._pieces[1::2]
+
+        def is_ordinary(text: str) -> bool:
+            return model.encode(text) == model.encode(text, special_tokens=False)
+
+        ids, ordinary = model.encode(whole), model.encode(whole, special_tokens=False)
+        if all(map(is_ordinary, templates)):
+            return ordinary
+        apart = [i for n, text in enumerate(self._pieces) for i in model.encode(text, special_tokens=n % 2 == 0)]
+        special = {i for i in {*ids, *apart} - {*ordinary} if not is_ordinary(model.decode([i]))}
+        same = [i for i in ids if i in special] == [i for i in apart if i in special]
+        return ids if same and all(map(is_ordinary, messages)) else apart
+
+
+# Unicode's white space, of which some end a line. Python's own has four separators of ASCII more.
+_INSIDE = "\t \xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+_SPACE = _INSIDE + "\n\v\f\r\x85\u2028\u2029"
+_LINE_END = "(?:\r\n|\r(?!\n)|[\n\v\f\x85\u2028\u2029])"
+_BLANK_LINES_BEFORE = re.compile(f"[{_SPACE}]*{_LINE_END}")
+_BLANK_LINES = re.compile(f"{_LINE_END}[{_SPACE}]*{_LINE_END}")
+_INDENTED_LINE = re.compile(f"{_LINE_END}[{_INSIDE}]+[^{_SPACE}]")
+
+
+def _message(text: str, blank_lines: str) -> str:
+    """A message as the model reads it: docs/bundle.md, "Chat templates"."""
+    before = _BLANK_LINES_BEFORE.match(text)
+    text = text[before.end() if before else 0 :].rstrip(_SPACE)
+    if blank_lines == "collapse":
+        text = _BLANK_LINES.sub("\n", text)
+    return text if _INDENTED_LINE.search(text) else text.lstrip(_SPACE)
 
 
 def _reply(opening: str, pieces: Iterator[str]) -> Iterator[str]:

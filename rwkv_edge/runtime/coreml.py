@@ -132,8 +132,10 @@ def open_parts(bundle: Bundle, interpret: str | None) -> dict[str, list[Part]]:
 class Loop:
     """The state between calls, and the order of parts and functions: a prompt by prefill, its rest by decode.
 
-    n_tokens  that the current state has read
-    logits    (V,) after the last of them
+    n_tokens     that the current state has read
+    recent       ids of the last of them, as a state keeps them
+    occurrences  those of the state that was loaded
+    logits       (V,) after the last of them
     """
 
     def __init__(self, model: "Model", parts: dict[str, list[Part]]) -> None:
@@ -154,6 +156,8 @@ class Loop:
         if state is not None and state.logits is not None:
             self.logits = state.logits.copy()
         self.n_tokens = 0 if state is None else state.n_tokens
+        self.recent = self._model._recent(state)
+        self.occurrences = None if state is None else state.occurrences
         tensors = {
             name: (np.full(t.shape, t.first) if state is None else state.tensors[name]) / self._factors[name]
             for name, t in self._spec.state_tensors.items()
@@ -191,7 +195,7 @@ class Loop:
         """Copy the state out."""
         tensors = {name: np.array(x, np.float32, order="C") for name, x in self.tensors().items()}
         logits = self.logits.astype(np.float32) if self.n_tokens else None
-        return State(self._model.bundle.model_id, self.n_tokens, tensors, logits)
+        return self._model._new_state(self, tensors, logits)
 
     def read(self, ids: "Tokens", *, every: bool = False, progress: Callable[[int, int], None] | None = None) -> Array:
         """Read tokens.
@@ -251,7 +255,8 @@ class Loop:
                     known |= {name.removesuffix("_out"): x for name, x in found.items()}
             logits = np.concatenate([known["logits"] for known in passed])
             # together: an interrupt comes before or after, and finds a whole state
-            self._state, self.n_tokens, self.logits = new, self.n_tokens + sum(map(len, ids)), logits[-1].copy()
+            n_tokens, recent = self.n_tokens + sum(map(len, ids)), self._model._later(self.recent, np.concatenate(ids).tolist())
+            self._state, self.n_tokens, self.recent, self.logits = new, n_tokens, recent, logits[-1].copy()
             return logits
         except BaseException:  # an interrupt too
             for part, kept, whole in before:

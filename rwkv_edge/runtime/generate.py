@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import InputError
 from .sampling import Array, Occurrences, Sampling, adjust, log_normalizer, most_likely, sample
 from .session import Tokens
-from .state import State
+from .state import N_RECENT, State
 
 if TYPE_CHECKING:
     from .session import Model
@@ -80,13 +80,14 @@ class Generation:
         self._model, self._prompt, self._max_tokens = model, prompt, max_tokens
         self._sampling, self._callback, self._n_top = sampling, logits, n_top
         self._rng = np.random.default_rng(sampling.seed)
-        self._said = Occurrences(model.spec.n_vocab)
         self._given: deque[int] = deque(maxlen=None if logits else 1)  # tokens, but for the end of text
         self._n_given = 0  # the state has the last of them once it is asked for
         self._loop = model.loop()
         self._loop.load(state)
         self._first, self._n_first = state, self._loop.n_tokens + len(prompt)
-        self._text = _Text(model, prompt, stop)
+        self._said = Occurrences(model.spec.n_vocab, self._loop.occurrences)
+        self._counts = sampling.penalizes or self._loop.occurrences is not None  # once begun, it is gone on with
+        self._text = _Text(model, [*self._loop.recent, *prompt[-N_RECENT:].tolist()], stop)
         # before what may be a stop, and before an unfinished character: a state, and the text since then
         self._mark: tuple[State, str] | None = None
         self._character: tuple[State, str] | None = None
@@ -101,10 +102,6 @@ class Generation:
         start = time.perf_counter()
         z = log_normalizer(logits)
         token = sample(self._changed(logits), self._sampling, self._rng)
-        if self._sampling.penalizes:
-            tokenizer = self._model.tokenizer
-            text = tokenizer.decode([token]) if tokenizer else None
-            self._said.add(token, text, self._sampling.penalty_decay)
         likely = most_likely(logits, self._n_top)[: self._n_top] if self._n_top else ()
         top = tuple((int(i), float(logits[i]) - z) for i in likely)
         self.stats.decode_s += time.perf_counter() - start
@@ -120,12 +117,27 @@ class Generation:
             mark = None
         if mark is None:
             self._read()
-            return self._loop.state()
+            return self._snapshot()
         state, text = mark
-        if text:
-            _, state = self._model.feed(self._model.encode(text), state)
+        if text:  # whole characters before the stop, whose tokens may be others than those that were generated
+            ids = self._model.encode(text, special_tokens=False)
+            said = Occurrences(self._model.spec.n_vocab, state.occurrences)
+            _, state = self._model.feed(ids, state)
+            if self._counts:
+                for token in ids:
+                    self._count(token, said)
+                state = replace(state, occurrences=said.by_id())
             self._mark = state, ""
         return state
+
+    def _snapshot(self) -> State:
+        """The loop's state, with what was generated until now."""
+        state = self._loop.state()
+        return replace(state, occurrences=self._said.by_id()) if self._counts else state
+
+    def _count(self, token: int, said: Occurrences) -> None:
+        tokenizer = self._model.tokenizer
+        said.add(token, tokenizer.decode([token]) if tokenizer else None, self._sampling.penalty_decay)
 
     def prefill(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read the prompt now; otherwise the first token is what makes it read.
@@ -161,7 +173,7 @@ class Generation:
     def _say(self, token: int) -> str:
         """Take the token that was chosen: the text that is certain now."""
         self.stats.n_generated += 1
-        if token == self._model.end_of_text:
+        if token in self._model.eos_token_ids:
             self.finish = "end"
             return self._text.finish()
         self._given.append(token)
@@ -173,7 +185,7 @@ class Generation:
         unfinished = bool(self._text.stop) and self._text.unfinished
         if n or unfinished:
             # where `new` begins: in this token, which the state has not read, or in the ones of its first character
-            state, since = self._character or (self._loop.state(), "")
+            state, since = self._character or (self._snapshot(), "")
             if not n:
                 self._mark = None
             elif n <= len(new) or self._mark is None:
@@ -183,6 +195,8 @@ class Generation:
             self._character = (state, since + new) if unfinished else None
         else:
             self._mark = self._character = None
+        if self._counts:
+            self._count(token, self._said)
         if stopped:
             self.finish = "stop"
         elif self.stats.n_generated == self._max_tokens:
@@ -230,10 +244,12 @@ def check_settings(model: "Model", max_tokens: int | None, stop: Sequence[str], 
 class _Text:
     """Text of tokens, up to the first stop; what may be the beginning of one is held back."""
 
-    def __init__(self, model: "Model", prompt: Tokens, stop: Sequence[str]) -> None:
+    def __init__(self, model: "Model", before: list[int], stop: Sequence[str]) -> None:
         if stop and model.tokenizer is None:
             raise InputError("stop texts need a tokenizer, and the bundle has none")
-        self._stream = model.tokenizer.stream(prompt.tolist()) if model.tokenizer else None
+        if model.bos_token_id in before:  # where a text begins, there is nothing before it
+            before = before[len(before) - before[::-1].index(model.bos_token_id) :]
+        self._stream = model.tokenizer.stream(before) if model.tokenizer else None
         self.stop, self.held = tuple(stop), ""
 
     @property

@@ -134,11 +134,15 @@ class Occurrences:
 
     seen    (V,) 1 or 0
     counts  (V,) an occurrence k tokens ago counts decay**k
+
+    before  a state's: what was generated before, by id
     """
 
-    def __init__(self, n_vocab: int) -> None:
+    def __init__(self, n_vocab: int, before: Mapping[int, float] | None = None) -> None:
         self.seen = np.zeros(n_vocab, np.float32)
         self.counts = np.zeros(n_vocab, np.float32)
+        for token, count in (before or {}).items():
+            self.seen[token], self.counts[token] = 1, count
 
     def add(self, token: int, text: str | None, decay: float) -> None:
         """Take one more token.
@@ -148,6 +152,11 @@ class Occurrences:
         self.counts *= decay
         self.seen[token] = 1
         self.counts[token] += text is None or text not in " \t0123456789"
+
+    def by_id(self) -> dict[int, float]:
+        """Give the tokens that were seen, with their counts: what a state keeps."""
+        ids = np.flatnonzero(self.seen)
+        return dict(zip(ids.tolist(), self.counts[ids].tolist(), strict=True))
 
 
 def penalize(logits: Array, occurrences: Occurrences, *, presence: float, frequency: float) -> Array:

@@ -13,7 +13,7 @@ from ..errors import BackendError, InputError, StateError
 from ..tokenizer import open_tokenizer
 from . import coreml
 from .sampling import Sampling, Settings, changed
-from .state import State, load_state
+from .state import N_RECENT, State, load_state
 from .tables import Tables
 
 if TYPE_CHECKING:
@@ -51,12 +51,14 @@ def open_bundle(
 class Model:
     """A bundle's graph in an onnxruntime session, or in Core ML.  States may be shared between threads, and so may a model.
 
-    bundle       manifest, spec and tensors
-    tokenizer    of the bundle; None where it has none
-    end_of_text  id of the token that ends a text, or None
-    sampling     the bundle's defaults
-    first        the state that every text begins from, where the bundle has one; None is zeros
-    interpreted  whether numpy computes it, in place of Core ML
+    bundle         manifest, spec and tensors
+    tokenizer      of the bundle; None where it has none
+    eos_token_ids  ids of the tokens that end a text; none without a tokenizer
+    bos_token_id   id of the token that stands before a text's first one; 0 without a tokenizer
+    tokenizer_sha256  of the tokenizer's file, to which a state's last ids belong; None without a tokenizer
+    sampling       the bundle's defaults
+    first          the state that every text begins from, where the bundle has one; None is zeros
+    interpreted    whether numpy computes it, in place of Core ML
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class Model:
         self.interpreted = interpret is not None
         about = bundle.manifest["tokenizer"]
         self.tokenizer = open_tokenizer(bundle.path / about["file"]) if about else None
-        self.end_of_text: int | None = about["end_of_text"] if about else None
+        self.tokenizer_sha256: str | None = bundle.manifest["files"][about["file"]]["sha256"] if about else None
+        self.eos_token_ids: tuple[int, ...] = tuple(about["eos_token_ids"]) if about else ()
+        self.bos_token_id: int = about["bos_token_id"] if about else 0
         self.sampling = Sampling(**bundle.manifest["sampling"])
         first = bundle.manifest["initial_state"]
         self.first: State | None = self.load_state(bundle.path / first) if first else None
@@ -141,7 +145,8 @@ class Model:
     ) -> "Generation":
         """Read a prompt and continue it, token by token, as the result is iterated over.
 
-        prompt        text or token ids; may be empty with a state that has logits, as every one that feed or generate gave
+        prompt        text or token ids. An empty one goes on from a state that has logits, as every one that feed or generate
+                      gave; where nothing was read before, it is the token that begins a text
         max_tokens    None: until the end of text
         stop          texts that end the generation and are not part of it
         logits        called before every choice with the logits (V,) and the ids given so far; returns the logits to choose
@@ -150,14 +155,14 @@ class Model:
         sampling      None takes the bundle's
         settings      temperature, top_p, seed ...: changes to it, see Sampling
 
-        Raises  InputError for an empty prompt or settings out of range; StateError for another model's state.
+        Raises  InputError for settings out of range, or an empty prompt on a state without logits; StateError for another
+                model's state.
         """
         from .generate import Generation
 
-        ids = self.check_tokens(self.encode(prompt) if isinstance(prompt, str) else prompt, after=state)
         return Generation(
             self,
-            ids,
+            self.prompt_ids(prompt, state),
             state,
             max_tokens=max_tokens,
             stop=stop,
@@ -166,14 +171,16 @@ class Model:
             n_top=top_logprobs,
         )
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Give the token ids of a text.
+
+        special_tokens  False: the text of a special token is text as any other, such as <|im_end|> in a message
 
         Raises  InputError if the bundle has no tokenizer, or it cannot encode the text.
         """
         if self.tokenizer is None:
             raise InputError(f"{self.bundle.path} has no tokenizer: give token ids (run --ids), or export with --tokenizer")
-        return self.tokenizer.encode(text)
+        return self.tokenizer.encode(text, special_tokens=special_tokens)
 
     def token(self, text: str) -> int:
         """Give the id of a text that is one token.
@@ -207,19 +214,40 @@ class Model:
         """
         return load_state(path, model_id=self.bundle.model_id, spec=self.spec)
 
-    def check_tokens(self, tokens: Sequence[int] | Tokens, *, after: State | None = None) -> Tokens:
-        """Give tokens as an array; onnxruntime itself would take ids out of range in silence.
+    def prompt_ids(self, prompt: str | Sequence[int], state: State | None = None) -> Tokens:
+        """Give the ids that a generation reads first: of an empty prompt, the token that begins a text, or after a state none.
 
-        after  a state: if it has logits, there may be no tokens
+        Raises  InputError
         """
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        if hasattr(ids, "__len__") and not len(ids):
+            if state is None or (isinstance(state, State) and not state.n_tokens):
+                ids = [self.bos_token_id]
+            elif isinstance(state, State) and state.logits is not None:
+                return np.empty(0, np.int64)
+        return self.check_tokens(ids)
+
+    def _recent(self, state: State | None) -> tuple[int, ...]:
+        """Give the last ids of a state; none if they are another tokenizer's."""
+        return state.recent if state is not None and state.tokenizer == self.tokenizer_sha256 else ()
+
+    def _new_state(self, loop: "Loop | coreml.Loop", tensors: Mapping[str, Array], logits: Array | None) -> State:
+        """Give the state of a loop: its tensors, and what it knows of the text."""
+        of = self.tokenizer_sha256 if loop.recent else None
+        return State(self.bundle.model_id, loop.n_tokens, tensors, logits, loop.recent, of, loop.occurrences)
+
+    def _later(self, recent: tuple[int, ...], ids: list[int]) -> tuple[int, ...]:
+        """Give the last ids after some more; none without a tokenizer, whose ids they would be."""
+        return (*recent, *ids[-N_RECENT:])[-N_RECENT:] if self.tokenizer_sha256 else ()
+
+    def check_tokens(self, tokens: Sequence[int] | Tokens) -> Tokens:
+        """Give tokens as an array; onnxruntime itself would take ids out of range in silence."""
         if isinstance(tokens, str):
             raise InputError("this is text, and token ids are expected: model.encode gives them")
         try:
             ids = np.asarray(tokens)
         except ValueError as e:
             raise InputError("tokens are not a flat list of whole numbers") from e
-        if ids.size == 0 and isinstance(after, State) and after.logits is not None:
-            return np.empty(0, np.int64)
         if ids.size == 0:
             raise InputError("there are no tokens to read: give at least one, or a state to go on from")
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -233,8 +261,10 @@ class Model:
 class Loop:
     """Two private sets of state buffers that the step swaps, and the bindings of both directions.
 
-    n_tokens  that the current state has read
-    logits    (V,) after the last of them, valid until the next call
+    n_tokens     that the current state has read
+    recent       ids of the last of them, as a state keeps them
+    occurrences  those of the state that was loaded
+    logits       (V,) after the last of them, valid until the next call
     """
 
     def __init__(self, model: Model) -> None:
@@ -273,6 +303,8 @@ class Loop:
         if state is not None and state.logits is not None:
             self.logits = state.logits.copy()
         self.n_tokens = 0 if state is None else state.n_tokens
+        self.recent = self._model._recent(state)
+        self.occurrences = None if state is None else state.occurrences
         for name, t in self._spec.state_tensors.items():
             buffer = self._buffer(name)
             buffer[...] = t.first if state is None else state.tensors[name]
@@ -280,7 +312,8 @@ class Loop:
     def state(self) -> State:
         """Copy the state out."""
         tensors = {name: self._buffer(name).copy(order="C") for name in self._spec.state_tensors}
-        return State(self._model.bundle.model_id, self.n_tokens, tensors, self.logits.copy() if self.n_tokens else None)
+        logits = self.logits.copy() if self.n_tokens else None
+        return self._model._new_state(self, tensors, logits)
 
     def _buffer(self, name: str) -> Array:
         """The current buffer as the state's document has it: a view."""
@@ -316,7 +349,7 @@ class Loop:
             self._one_bound[self._at] = True
         if self._tables and self._one_rows is not None:
             self._one_rows[...] = self._tables.rows(tokens)
-        self._go(binding, 1, logits)
+        self._go(binding, [token], logits)
         return self.logits
 
     def _run(self, ids: Tokens, every: bool) -> Array:
@@ -326,7 +359,7 @@ class Loop:
         rows = self._tables.rows(ids) if self._tables else None
         self._bind(self._bindings[self._at], np.ascontiguousarray(ids), positions, logits, rows)
         self._one_bound[self._at] = False
-        self._go(self._bindings[self._at], n, logits)
+        self._go(self._bindings[self._at], ids.tolist(), logits)
         return logits
 
     def _bind(self, binding: Any, tokens: Tokens, positions: Tokens, logits: Array, rows: Array | None) -> None:
@@ -336,13 +369,14 @@ class Loop:
             binding.bind_ortvalue_input("deep_embed", self._value(rows))
         binding.bind_ortvalue_output("logits", self._value(logits))
 
-    def _go(self, binding: Any, n_tokens: int, logits: Array) -> None:
+    def _go(self, binding: Any, ids: list[int], logits: Array) -> None:
         try:
             self._model._session.run_with_iobinding(binding)
         except Exception as e:  # onnxruntime's errors are of several unrelated classes
             raise BackendError(f"onnxruntime failed: {_first_line(e)}") from e
         # together: an interrupt comes before or after, and finds a whole state
-        self._at, self.n_tokens, self.logits = self._at ^ 1, self.n_tokens + n_tokens, logits[-1]
+        n_tokens, recent = self.n_tokens + len(ids), self._model._later(self.recent, ids)
+        self._at, self.n_tokens, self.recent, self.logits = self._at ^ 1, n_tokens, recent, logits[-1]
 
 
 MAX_THREADS = 256

@@ -18,30 +18,46 @@ from ..files import new_file, refuse_file
 from ..spec import Spec
 
 _KEY = "rwkv-edge state"
+N_RECENT = 8  # ids that a state keeps: a tokenizer needs so many at most to give the text of the next one
+_RECENT, _TOKENIZER = "recent.ids", "recent.tokenizer"
+_SEEN, _COUNTS = "occurrences.ids", "occurrences.counts"
+# what a file may have besides the state's own tensors: dtype, and how long it is
+_EXTRAS = {_RECENT: np.int32, _TOKENIZER: np.uint8, _SEEN: np.int32, _COUNTS: np.float32}
 
 
 @dataclass(frozen=True)
 class State:
     """What a model remembers.
 
-    model_id  of the model it belongs to; a state fits every bundle of that model, at any width
-    n_tokens  read so far
-    tensors   `{layer}.{tensor}` -> read-only float32 array, wkv as [head, value, key]
-    logits    (V,) after the last token, read-only: what going on begins with; None where they are not known
+    model_id     of the model it belongs to; a state fits every bundle of that model, at any width
+    n_tokens     read so far
+    tensors      `{layer}.{tensor}` -> read-only float32 array, wkv as [head, value, key]
+    logits       (V,) after the last token, read-only: what going on begins with; None where they are not known
+    recent       ids of the last tokens, at most 8, on which the text of the next one depends; of no use to another tokenizer
+    tokenizer    sha256 of the file of the tokenizer that they belong to; None without them
+    occurrences  id -> how often it was generated, decayed, as penalties count; None where none were on
     """
 
     model_id: str
     n_tokens: int
     tensors: Mapping[str, npt.NDArray[np.float32]]
     logits: npt.NDArray[np.float32] | None = None
+    recent: tuple[int, ...] = ()
+    tokenizer: str | None = None
+    occurrences: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+        object.__setattr__(self, "recent", tuple(self.recent))
+        if self.occurrences is not None:
+            object.__setattr__(self, "occurrences", MappingProxyType(dict(self.occurrences)))
         for x in (*self.tensors.values(), *([] if self.logits is None else [self.logits])):
             x.setflags(write=False)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return State, (self.model_id, self.n_tokens, dict(self.tensors), self.logits)  # for pickle and copy
+    def __reduce__(self) -> tuple[Any, ...]:  # for pickle and copy
+        occurrences = None if self.occurrences is None else dict(self.occurrences)
+        of_text = self.recent, self.tokenizer, occurrences
+        return State, (self.model_id, self.n_tokens, dict(self.tensors), self.logits, *of_text)
 
     def __repr__(self) -> str:
         return f"State(model {self.model_id[:12]}, n_tokens={self.n_tokens})"
@@ -53,14 +69,27 @@ class State:
         """
         refuse_output(path)
         named = dict(self.tensors) if self.logits is None else {**self.tensors, "logits": self.logits}
-        tensors = {}
+        tensors: dict[str, npt.NDArray[Any]] = {}
         for name, x in named.items():
             if half and np.abs(x).max() > np.finfo(np.float16).max:
                 raise StateError(f"{name} holds {np.abs(x).max():g}, beyond float16: save without half")
             tensors[name] = x.astype(np.float16) if half else np.ascontiguousarray(x)
+        tensors |= self._extras()
         about = {"model_id": self.model_id, "n_tokens": self.n_tokens, "sha256": _digest(tensors)}
         with new_file(Path(path), force=True) as temporary:
             temporary.write_bytes(save(tensors, metadata={_KEY: json.dumps(about)}))
+
+    def _extras(self) -> dict[str, npt.NDArray[Any]]:
+        """What a file has besides the tensors: the last ids and their tokenizer, and occurrences, each if there are some."""
+        extras: dict[str, npt.NDArray[Any]] = {}
+        if self.recent and self.tokenizer:
+            extras[_RECENT] = np.array(self.recent, np.int32)
+            extras[_TOKENIZER] = np.frombuffer(bytes.fromhex(self.tokenizer), np.uint8)
+        if self.occurrences:
+            ids = sorted(self.occurrences)
+            extras[_SEEN] = np.array(ids, np.int32)
+            extras[_COUNTS] = np.array([self.occurrences[i] for i in ids], np.float32)
+        return extras
 
 
 def refuse_output(path: str | Path) -> None:
@@ -101,16 +130,37 @@ def load_state(path: str | Path, *, model_id: str, spec: Spec) -> State:
     shapes = {name: t.shape for name, t in spec.state_tensors.items()}
     if "logits" in tensors:
         shapes["logits"] = (spec.n_vocab,)
-    sound = {name: x.shape for name, x in tensors.items()} == shapes and digest == _digest(tensors)
-    sound = sound and all(x.dtype in (np.float16, np.float32) and np.isfinite(x).all() for x in tensors.values())
-    if not sound or type(n_tokens) is not int or not 0 <= n_tokens < 1 << 63:
+    own = {name: x for name, x in tensors.items() if name not in _EXTRAS}
+    sound = {name: x.shape for name, x in own.items()} == shapes and digest == _digest(tensors)
+    sound = sound and all(x.dtype in (np.float16, np.float32) and np.isfinite(x).all() for x in own.values())
+    extras = {name: x for name, x in tensors.items() if name in _EXTRAS}
+    if not sound or not _are_extras(extras, spec.n_vocab) or type(n_tokens) is not int or not 0 <= n_tokens < 1 << 63:
         raise StateError(f"{path} is damaged: its tensors are not the ones that were saved")
     read = {name: tensors[name].astype(np.float32) for name in shapes}
     logits = read.pop("logits", None)
-    return State(model_id, n_tokens, read, logits)
+    recent = tuple(extras[_RECENT].tolist()) if _RECENT in extras else ()
+    tokenizer = extras[_TOKENIZER].tobytes().hex() if recent else None
+    occurrences = dict(zip(extras[_SEEN].tolist(), extras[_COUNTS].tolist(), strict=True)) if _SEEN in extras else None
+    return State(model_id, n_tokens, read, logits, recent, tokenizer, occurrences)
 
 
-def _digest(tensors: Mapping[str, npt.NDArray[np.floating]]) -> str:
+def _are_extras(extras: Mapping[str, npt.NDArray[Any]], n_vocab: int) -> bool:
+    """Whether they are what `State.save` writes: both of a pair or neither, in their dtypes and lengths, ids of the model."""
+    if any(x.dtype != _EXTRAS[name] or x.ndim != 1 for name, x in extras.items()):
+        return False
+    recent, of, seen, counts = (extras.get(name) for name in _EXTRAS)
+    if (recent is None) != (of is None) or (seen is None) != (counts is None):
+        return False
+    if recent is not None and of is not None and not (0 < len(recent) <= N_RECENT and len(of) == 32):
+        return False
+    if seen is not None and counts is not None:
+        in_order = len(seen) == len(counts) > 0 and (np.diff(seen) > 0).all()
+        if not in_order or not np.isfinite(counts).all() or (counts < 0).any():
+            return False
+    return all((x >= 0).all() and (x < n_vocab).all() for x in (recent, seen) if x is not None)
+
+
+def _digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
     h = hashlib.sha256()
     for name in sorted(tensors):
         h.update(name.encode() + np.ascontiguousarray(tensors[name]).tobytes())

@@ -19,8 +19,8 @@ struct ByteTrie: Sendable {
         id[node] = Int32(newID)
     }
 
-    /// The longest token that begins at a place; nil if none does.
-    func longest(in bytes: [UInt8], from place: Int) -> (id: Int, length: Int)? {
+    /// The longest token that begins at a place, other than some of several bytes; nil if none does.
+    func longest(in bytes: [UInt8], from place: Int, except: Set<Int> = []) -> (id: Int, length: Int)? {
         guard place < bytes.count else { return nil }
         var node = Int(bytes[place])
         var found: (id: Int, length: Int)? = id[node] >= 0 ? (Int(id[node]), 1) : nil
@@ -28,7 +28,7 @@ struct ByteTrie: Sendable {
         while end < bytes.count, let next = find(bytes[end], below: node) {
             node = next
             end += 1
-            if id[node] >= 0 { found = (Int(id[node]), end - place) }
+            if id[node] >= 0, !except.contains(Int(id[node])) { found = (Int(id[node]), end - place) }
         }
         return found
     }

@@ -25,10 +25,10 @@ public final class Generation: AsyncSequence, AsyncIteratorProtocol, @unchecked 
         var finish: Finish?
         private let hasStops: Bool
 
-        init(_ generation: Generation, _ tokenizer: any TextTokenizer, after ids: [Int]) throws {
+        init(_ generation: Generation, _ tokenizer: any TextTokenizer, after ids: [Int], occurrences: [Int: Double]?) throws {
             self.tokenizer = tokenizer
             stream = tokenizer.stream(after: ids)
-            sampler = try Sampler(generation.sampling, seed: generation.seed)
+            sampler = try Sampler(generation.sampling, seed: generation.seed, occurrences: occurrences)
             stops = try StopTexts(generation.stop)
             nLeft = generation.maxTokens
             hasStops = !generation.stop.isEmpty
@@ -38,7 +38,13 @@ public final class Generation: AsyncSequence, AsyncIteratorProtocol, @unchecked 
         var mayGoBack: Bool { stops.isHolding || (stream.isUnfinished && hasStops) }
     }
 
-    let prompt: String
+    /// What is read first: text as it is, or the turn of a conversation.
+    enum Prompt {
+        case text(String)
+        case turn(ChatTemplate.Turn)
+    }
+
+    let prompt: Prompt
     let maxTokens: Int
     let stop: [String]
     let sampling: Sampling
@@ -47,7 +53,7 @@ public final class Generation: AsyncSequence, AsyncIteratorProtocol, @unchecked 
     var text: Text?
     private let model: RWKVModel
 
-    init(_ model: RWKVModel, prompt: String, maxTokens: Int, stop: [String], sampling: Sampling, seed: UInt64?) {
+    init(_ model: RWKVModel, prompt: Prompt, maxTokens: Int, stop: [String], sampling: Sampling, seed: UInt64?) {
         self.model = model
         self.prompt = prompt
         self.maxTokens = maxTokens

@@ -9,7 +9,10 @@ import Tokenizers
 /// swift-transformers reads it. What that package would end the app for is refused here first.
 public final class JSONTokenizer: TextTokenizer, @unchecked Sendable {
     public let nVocab: Int
-    private let tokenizer: any Tokenizers.Tokenizer  // is not changed after it was made
+    // they are not changed after they were made
+    private let tokenizer: any Tokenizers.Tokenizer
+    /// The same, to which special tokens are text.
+    private let ordinary: any Tokenizers.Tokenizer
 
     public init(contentsOf file: URL) throws {
         let name = file.lastPathComponent
@@ -38,20 +41,39 @@ public final class JSONTokenizer: TextTokenizer, @unchecked Sendable {
             throw RWKVError.tokenizer("\(name) has merges that do not fit its vocabulary: copy the bundle again.")
         }
         parsed["post_processor"] = nil  // it would only add special tokens, and not every kind is known there
+        // settings of a training: swift-transformers reads neither these nor the model's dropout, and shall not begin to
+        parsed["truncation"] = nil
+        parsed["padding"] = nil
         let ids = vocab.allValues.compactMap { $0 as? Int } + added.compactMap { $0["id"] as? Int }
         nVocab = 1 + (ids.max() ?? 0)
         do {
-            // without the last, " ." would be decoded as "."
-            tokenizer = try AutoTokenizer.from(
-                tokenizerConfig: Config(["tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": false] as [NSString: Any]),
-                tokenizerData: Config(parsed))
+            tokenizer = try Self.open(parsed)
+            parsed["added_tokens"] = added.filter { !Self.isSpecial($0) }
+            ordinary = try Self.open(parsed)
         } catch {
             throw RWKVError.tokenizer("\(name) cannot be read: \(error.localizedDescription)")
         }
     }
 
+    private static func open(_ parsed: [NSString: Any]) throws -> any Tokenizers.Tokenizer {
+        // without the last, " ." would be decoded as "."
+        try AutoTokenizer.from(
+            tokenizerConfig: Config(["tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": false] as [NSString: Any]),
+            tokenizerData: Config(parsed))
+    }
+
+    /// Whether an added token is special, or in the form of one: `<tool_call>`. Others, such as runs of blanks, are text.
+    private static func isSpecial(_ added: [String: Any]) -> Bool {
+        let content = added["content"] as? String ?? ""
+        return added["special"] as? Bool ?? false || (content.count > 2 && content.hasPrefix("<") && content.hasSuffix(">"))
+    }
+
     public func encode(_ text: String) -> [Int] {
-        tokenizer.encode(text: text, addSpecialTokens: false)
+        encode(text, specialTokens: true)
+    }
+
+    public func encode(_ text: String, specialTokens: Bool) -> [Int] {
+        (specialTokens ? tokenizer : ordinary).encode(text: text, addSpecialTokens: false)
     }
 
     public func decode(_ ids: [Int]) -> String {

@@ -125,6 +125,9 @@ public struct Manifest: Decodable, Sendable {
         }
     }
 
+    /// Of the tokenizer's file, to which the last ids of a state belong; nil without a tokenizer.
+    var tokenizerSHA256: String? { tokenizer.flatMap { files[$0.file]?.sha256 } }
+
     public struct File: Decodable, Sendable, Equatable {
         public let bytes: Int
         public let sha256: String
@@ -134,11 +137,15 @@ public struct Manifest: Decodable, Sendable {
         /// `json` or `world`.
         public let kind: String
         public let file: String
-        public let endOfText: Int?
+        /// Tokens that end a text, each of them.
+        public let eosTokenIDs: [Int]
+        /// The token that stands before a text's first one, for a model that has read nothing.
+        public let bosTokenID: Int
 
         enum CodingKeys: String, CodingKey {
             case kind, file
-            case endOfText = "end_of_text"
+            case eosTokenIDs = "eos_token_ids"
+            case bosTokenID = "bos_token_id"
         }
     }
 

@@ -57,8 +57,8 @@ public actor RWKVModel {
     /// the task that does. What the model then remembers ends with the last piece.
     ///
     /// - Parameters:
-    ///   - prompt: text; may be empty if something was read before. An end of text in it is left out: what a person says cannot
-    ///     end the text
+    ///   - prompt: text; an empty one goes on from what was read before, or from the token that begins a text. An end of text in
+    ///     it is left out
     ///   - maxTokens: the most tokens to generate; it may end earlier, at the end of text
     ///   - stop: texts that end it and are not part of it, nor of what the model remembers
     ///   - sampling: nil for the bundle's
@@ -66,7 +66,19 @@ public actor RWKVModel {
     public nonisolated func generate(
         prompt: String, maxTokens: Int, stop: [String] = [], sampling: Sampling? = nil, seed: UInt64? = nil
     ) -> Generation {
-        Generation(self, prompt: prompt, maxTokens: maxTokens, stop: stop, sampling: sampling ?? bundle.manifest.sampling, seed: seed)
+        Generation(
+            self, prompt: .text(prompt), maxTokens: maxTokens, stop: stop, sampling: sampling ?? bundle.manifest.sampling, seed: seed)
+    }
+
+    /// Read a turn of a conversation, and answer it. What a person says in it is text, and never a special token.
+    ///
+    /// Penalties count within the answer.
+    ///
+    /// - Parameters: as of `generate(prompt:)`; stop is the template's
+    public nonisolated func generate(
+        turn: ChatTemplate.Turn, maxTokens: Int, stop: [String], sampling: Sampling? = nil, seed: UInt64? = nil
+    ) -> Generation {
+        Generation(self, prompt: .turn(turn), maxTokens: maxTokens, stop: stop, sampling: sampling ?? bundle.manifest.sampling, seed: seed)
     }
 
     /// Read tokens on top of what was read before: the logits that follow.
@@ -213,8 +225,7 @@ public actor RWKVModel {
             let logits = try await read([])
             try Task.checkCancellation()
             let token = try text.sampler.choose(logits, limit: limit)
-            if token == bundle.manifest.tokenizer?.endOfText { return finish(text, .end) }
-            text.sampler.add(token, text: text.tokenizer.decode([token]))
+            if isEnd(token) { return finish(text, .end) }
             let (piece, isStopped) = text.stops.push(text.stream.push(token))
             if isStopped || text.mayGoBack {
                 // the state has not read this token yet
@@ -223,6 +234,8 @@ public actor RWKVModel {
             } else {
                 text.mark = nil
             }
+            text.sampler.add(token, text: text.tokenizer.decode([token]))
+            runner.occurrences = text.sampler.occurrences
             pending = [token]
             text.nLeft -= 1
             if isStopped {
@@ -240,12 +253,27 @@ public actor RWKVModel {
         guard let tokenizer else {
             throw RWKVError.tokenizer("The bundle has no tokenizer: export it with --tokenizer.")
         }
-        let ids = try tokenizer.encode(generation.prompt).filter { $0 != bundle.manifest.tokenizer?.endOfText }
-        let text = try Generation.Text(generation, tokenizer, after: ids)
+        var ids: [Int]
+        switch generation.prompt {
+        case .text(let text): ids = try tokenizer.encode(text).filter { !isEnd($0) }
+        case .turn(let turn): ids = try turn.encode(tokenizer)
+        }
+        try generation.sampling.check()
+        _ = try StopTexts(generation.stop)
         try leave()
+        if ids.isEmpty, pending.isEmpty, runner.nTokens == 0 { ids = [bundle.manifest.tokenizer?.bosTokenID ?? 0] }
+        if case .turn = generation.prompt { runner.occurrences = nil }
+        // where a text begins, there is nothing before it
+        let before = (runner.recent + pending + ids).split(separator: bundle.manifest.tokenizer?.bosTokenID ?? 0, omittingEmptySubsequences: false)
+        let text = try Generation.Text(generation, tokenizer, after: Array(before.last ?? []), occurrences: runner.occurrences)
         _ = try await read(ids)
         (generation.text, current) = (text, text)
         if text.nLeft <= 0 { _ = finish(text, .length) }
+    }
+
+    /// Whether a token ends a text.
+    private func isEnd(_ token: Int) -> Bool {
+        bundle.manifest.tokenizer?.eosTokenIDs.contains(token) ?? false
     }
 
     /// End a text; give its last piece, with what was held back unless that was a stop.
@@ -270,7 +298,11 @@ public actor RWKVModel {
     private func goBack(to mark: Generation.Mark) throws {
         guard let tokenizer else { return }
         try runner.restore(mark.state)
-        pending = try mark.text.isEmpty ? [] : tokenizer.encode(mark.text)
+        pending = try mark.text.isEmpty ? [] : tokenizer.encode(mark.text, specialTokens: false)
+        guard var sampler = current?.sampler, runner.occurrences != nil else { return }
+        sampler.occurrences = runner.occurrences
+        for token in pending { sampler.add(token, text: tokenizer.decode([token])) }
+        runner.occurrences = sampler.occurrences
     }
 }
 

@@ -21,6 +21,8 @@ final class Runner {
         /// Packed: copies, one for each part.
         fileprivate let packed: [[Float]]
         fileprivate let nTokens: Int
+        fileprivate let recent: [Int]
+        fileprivate let occurrences: [Int: Double]?
         fileprivate let logits: Logits
     }
 
@@ -45,6 +47,10 @@ final class Runner {
 
     /// Tokens that the state has read.
     private(set) var nTokens = 0
+    /// The last of them, as a state keeps them; none without a tokenizer.
+    private(set) var recent: [Int] = []
+    /// What was generated until now, as penalties count; nil where none were on.
+    var occurrences: [Int: Double]?
     /// How many tokens prefill takes in one call.
     let chunk: Int
 
@@ -133,6 +139,7 @@ final class Runner {
             explicit = state
             lastLogits = .given(array)
             nTokens += tokens.count
+            recent = manifest.tokenizerSHA256 == nil ? [] : Array((recent + tokens).suffix(SavedState.nRecent))
             isTorn = false
         }
     }
@@ -159,13 +166,16 @@ final class Runner {
 
     func snapshot() throws -> Snapshot {
         try refuseTorn()
-        return Snapshot(explicit: explicit, packed: try parts.compactMap { try read($0) }, nTokens: nTokens, logits: lastLogits)
+        return Snapshot(
+            explicit: explicit, packed: try parts.compactMap { try read($0) }, nTokens: nTokens, recent: recent, occurrences: occurrences,
+            logits: lastLogits)
     }
 
     func restore(_ snapshot: Snapshot) throws {
         for (part, values) in zip(parts, snapshot.packed) { try write(values, part) }
         explicit = snapshot.explicit
         nTokens = snapshot.nTokens
+        (recent, occurrences) = (snapshot.recent, snapshot.occurrences)
         lastLogits = snapshot.logits
         isTorn = false
     }
@@ -198,6 +208,9 @@ final class Runner {
         }
         self.explicit = explicit
         nTokens = saved.nTokens
+        // ids of another tokenizer are of no use here
+        recent = saved.tokenizer == manifest.tokenizerSHA256 ? saved.recent : []
+        occurrences = saved.occurrences
         lastLogits = .read(saved.logits)
         isTorn = false
     }
@@ -216,7 +229,9 @@ final class Runner {
             let held = values[tensor.name] ?? []
             tensors[tensor.name] = SavedState.Tensor(shape: tensor.shape, values: tensor.factor == 1 ? held : held.map { $0 * tensor.factor })
         }
-        let saved = SavedState(modelID: manifest.modelID, nTokens: nTokens, tensors: tensors, logits: nTokens > 0 ? try logits() : nil)
+        let saved = SavedState(
+            modelID: manifest.modelID, nTokens: nTokens, tensors: tensors, logits: nTokens > 0 ? try logits() : nil, recent: recent,
+            tokenizer: recent.isEmpty ? nil : manifest.tokenizerSHA256, occurrences: occurrences)
         try saved.check(manifest)
         return saved
     }

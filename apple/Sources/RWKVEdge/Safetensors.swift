@@ -3,7 +3,7 @@ import Foundation
 /// A safetensors file in memory, as far as states need it.
 struct Safetensors {
     struct Tensor: Equatable {
-        /// `F32` or `F16` in a state.
+        /// In a state `F32` or `F16`; `I32` and `U8` of what it has besides its tensors.
         let dtype: String
         let shape: [Int]
         /// Little-endian, row-major.
@@ -35,7 +35,7 @@ struct Safetensors {
                 0 <= offsets[0], offsets[0] <= offsets[1], offsets[1] <= file.count - start
             else { return nil }
             let data = file.subdata(in: start + offsets[0]..<start + offsets[1])
-            guard let size = ["F32": 4, "F16": 2][dtype], Self.count(shape) == data.count / size, data.count % size == 0 else { return nil }
+            guard let size = ["F32": 4, "F16": 2, "I32": 4, "U8": 1][dtype], Self.count(shape) == data.count / size, data.count % size == 0 else { return nil }
             tensors[name] = Tensor(dtype: dtype, shape: shape, data: data)
         }
     }
@@ -70,6 +70,19 @@ struct Safetensors {
 }
 
 extension Data {
+    /// Whole numbers as int32, little-endian.
+    init(ids: [Int]) {
+        self = ids.map { Int32(truncatingIfNeeded: $0) }.withUnsafeBytes { Data($0) }
+    }
+
+    /// These bytes as int32.
+    var ids: [Int] {
+        guard count >= 4 else { return [] }
+        var values = [Int32](repeating: 0, count: count / 4)
+        _ = values.withUnsafeMutableBytes { copyBytes(to: $0) }
+        return values.map { Int($0) }
+    }
+
     /// Numbers as little-endian bytes: every Apple device is little-endian.
     init(floats: [Float]) {
         self = floats.withUnsafeBytes { Data($0) }

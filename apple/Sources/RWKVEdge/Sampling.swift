@@ -47,6 +47,9 @@ public struct Sampling: Codable, Sendable, Equatable {
     /// The most likely token, always.
     public static let greedy = Sampling(temperature: 0)
 
+    /// Whether what was generated changes what is generated next.
+    var penalizes: Bool { presencePenalty != 0 || frequencyPenalty != 0 }
+
     func check() throws {
         guard temperature >= 0, temperature.isFinite, topK >= 0, topP > 0, topP <= 1, (0...1).contains(minP), (0...1).contains(penaltyDecay),
             abs(presencePenalty) <= 1e4, abs(frequencyPenalty) <= 1e4
@@ -85,30 +88,34 @@ struct SplitMix64: RandomNumberGenerator {
 struct Sampler {
     let sampling: Sampling
     private var random: SplitMix64
-    /// Token -> how often it was generated, decayed.
-    private var counts: [Int: Double] = [:]
+    /// Token -> how often it was generated, decayed; nil where nothing counts it.
+    var occurrences: [Int: Double]?
 
-    /// - Parameter seed: the same seed gives the same tokens; nil different ones each time
-    init(_ sampling: Sampling, seed: UInt64?) throws {
+    /// - Parameters:
+    ///   - seed: the same seed gives the same tokens; nil different ones each time
+    ///   - occurrences: what was generated before, of a state; it is counted on, penalties or not
+    init(_ sampling: Sampling, seed: UInt64?, occurrences: [Int: Double]? = nil) throws {
         try sampling.check()
         self.sampling = sampling
+        self.occurrences = occurrences ?? (sampling.penalizes ? [:] : nil)
         random = SplitMix64(seed: seed ?? UInt64.random(in: .min ... .max))
     }
 
-    /// Take a token that was chosen; `text` is what it says, and is only asked for where penalties need it.
+    /// Take a token that was chosen; `text` is what it says, and is only asked for where it counts.
     mutating func add(_ token: Int, text: @autoclosure () -> String) {
-        guard sampling.presencePenalty != 0 || sampling.frequencyPenalty != 0 else { return }
+        guard var counts = occurrences else { return }
         counts = counts.mapValues { $0 * sampling.penaltyDecay }
         // digits, a space and a tab are seen and not counted, as the rwkv package has it
         let text = text()
         let isUncounted = text.isEmpty || " \t0123456789".contains(text)
         counts[token, default: 0] += isUncounted ? 0 : 1
+        occurrences = counts
     }
 
     /// Choose one of the first `limit` tokens by its logit.
     mutating func choose(_ given: [Float], limit: Int) throws -> Int {
         var logits = Array(given.prefix(limit))
-        for (token, count) in counts where token < logits.count {
+        for (token, count) in occurrences ?? [:] where token < logits.count && sampling.penalizes {
             logits[token] -= Float(sampling.presencePenalty + sampling.frequencyPenalty * count)
         }
         var best = 0

@@ -6,13 +6,22 @@ public protocol TextTokenizer: Sendable {
     var nVocab: Int { get }
 
     /// Give the ids of a text.
-    func encode(_ text: String) throws -> [Int]
+    ///
+    /// - Parameter specialTokens: false where the text of a special token is text as any other, such as `<|im_end|>` in a message
+    func encode(_ text: String, specialTokens: Bool) throws -> [Int]
 
     /// Give the text of ids; bytes that are no UTF-8 become U+FFFD.
     func decode(_ ids: [Int]) -> String
 
     /// Decode token by token what comes after these ids.
     func stream(after ids: [Int]) -> any TextStream
+}
+
+extension TextTokenizer {
+    /// Give the ids of a text, in which special tokens are found.
+    public func encode(_ text: String) throws -> [Int] {
+        try encode(text, specialTokens: true)
+    }
 }
 
 /// Turns ids into text as they come, never splitting a character.

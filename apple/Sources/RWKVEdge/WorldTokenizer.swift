@@ -4,6 +4,8 @@ import Foundation
 public final class WorldTokenizer: TextTokenizer {
     public let nVocab: Int
     private let trie: ByteTrie
+    /// Tokens from id 65530 on, where the vocabulary that every World model has ends, and `<|...|>`.
+    private let special: Set<Int>
     /// The bytes of every token, one after the other, and where each begins; ids without a token have none.
     private let bytes: [UInt8]
     private let starts: [Int]
@@ -26,6 +28,7 @@ public final class WorldTokenizer: TextTokenizer {
         }
         nVocab = 1 + (tokens.keys.max() ?? 0)
         var trie = ByteTrie()
+        special = Set(tokens.filter { $0.key >= 65530 || Self.isMarker($0.value) }.keys)
         var bytes: [UInt8] = []
         var starts = [0]
         for id in 0..<nVocab {
@@ -47,12 +50,17 @@ public final class WorldTokenizer: TextTokenizer {
         encode(bytes: Array(text.utf8))
     }
 
+    public func encode(_ text: String, specialTokens: Bool) -> [Int] {
+        encode(bytes: Array(text.utf8), specialTokens: specialTokens)
+    }
+
     /// Give the ids of bytes, of which any can be encoded.
-    public func encode(bytes: [UInt8]) -> [Int] {
+    public func encode(bytes: [UInt8], specialTokens: Bool = true) -> [Int] {
         var ids: [Int] = []
         var place = 0
         while place < bytes.count {
-            guard let (id, length) = trie.longest(in: bytes, from: place) else { break }  // every byte is a token
+            // every byte is a token
+            guard let (id, length) = trie.longest(in: bytes, from: place, except: specialTokens ? [] : special) else { break }
             ids.append(id)
             place += length
         }
@@ -74,6 +82,11 @@ public final class WorldTokenizer: TextTokenizer {
 
     public func stream(after ids: [Int]) -> any TextStream {
         WorldStream(self, after: ids)
+    }
+
+    /// Whether a token is `<|...|>`.
+    private static func isMarker(_ token: [UInt8]) -> Bool {
+        token.count >= 4 && token.starts(with: Array("<|".utf8)) && token.suffix(2).elementsEqual(Array("|>".utf8))
     }
 
     /// `id literal length`; nil if a line is something else.

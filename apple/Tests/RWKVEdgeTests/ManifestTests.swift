@@ -73,22 +73,25 @@ final class ManifestTests: XCTestCase {
     func testChatTemplate() throws {
         let json = #"""
             {"system": "System: {}\n\n", "user": "User: {}\n\n", "assistant": "Assistant:", "turn_end": "\n\n",
-             "stop": ["\n\nUser:"], "think": {"none": {"opening": "", "sampling": null}, "fast": {"opening": " <think>\n</think", "sampling": null}}}
+             "stop": ["\n\nUser:"], "blank_lines": "collapse", "think": {"none": {"opening": "", "sampling": null}, "fast": {"opening": " <think>\n</think", "sampling": null}}}
             """#
         let template = try JSONDecoder().decode(ChatTemplate.self, from: Data(json.utf8))
-        XCTAssertEqual(try template.turn("Hi\n\n there ", isFirst: true), "User: Hi\nthere\n\nAssistant:")
-        XCTAssertEqual(try template.turn("Hi", isFirst: false), "\n\nUser: Hi\n\nAssistant:")
+        XCTAssertEqual(try template.turn("Hi\n\nthere ", isFirst: true).text, "User: Hi\nthere\n\nAssistant:")
+        XCTAssertEqual(try template.turn("Hi", isFirst: false).text, "\n\nUser: Hi\n\nAssistant:")
         XCTAssertEqual(
-            try template.turn("Hi", system: "Be kind.", isFirst: true, thinking: "fast"),
+            try template.turn("Hi", system: "Be kind.", isFirst: true, thinking: "fast").text,
             "System: Be kind.\n\nUser: Hi\n\nAssistant: <think>\n</think")
-        XCTAssertEqual(try template.turn("Hi", system: "", isFirst: true), "User: Hi\n\nAssistant:")
-        // white space and newlines as Python has them
+        XCTAssertEqual(try template.turn("Hi", system: "", isFirst: true).text, "User: Hi\n\nAssistant:")
+        // white space and line breaks as Python's runtime has them
         for (message, expected) in [
-            ("a\r\n\r\nb\rc", "a\nb\nc"), ("\u{A0}\u{3000}a\t\u{1F}", "a"), ("a\u{2028}b\u{0B}c", "a\u{2028}b\u{0B}c"), ("\u{200B}a", "\u{200B}a"),
-            (" \n\u{85}\n", ""), ("a \u{301}", "a \u{301}"),
+            ("def f(x):\n    if x:\n\treturn 1", "def f(x):\n    if x:\n\treturn 1"), ("\n \n  a\n\n", "a"), (" How? ", "How?"),
+            ("\n    a = 1\n    b = 2\n", "    a = 1\n    b = 2"), ("a\n \t \n\n  b", "a\n  b"), ("a\r\n\r\nb\rc", "a\nb\rc"),
+            ("a\r\nb", "a\r\nb"), ("a\n\rb", "a\nb"), ("a\u{2028}\u{2028}b", "a\nb"), ("\u{A0}\u{3000}a\t\u{1F}", "a\t\u{1F}"),
+            ("\u{200B}a", "\u{200B}a"), (" \n\u{85}\n", ""), ("a \u{301}", "a \u{301}"), ("{}", "{}"),
         ] {
-            XCTAssertEqual(Array(try template.turn(message, isFirst: true).utf8), Array("User: \(expected)\n\nAssistant:".utf8))
+            XCTAssertEqual(Array(try template.turn(message, isFirst: true).text.utf8), Array("User: \(expected)\n\nAssistant:".utf8))
         }
+        XCTAssertEqual(ChatTemplate.message("\n a\n\n b\n\n", .keep), " a\n\n b")
         assertThrows("unknown") { try template.turn("Hi", isFirst: true, thinking: "slowly") }
     }
 }

@@ -162,12 +162,9 @@ final class ModelTests: XCTestCase {
         }
         withExtendedLifetime(broken) {}
         try await model.reset()
-        do {
-            for try await _ in model.generate(prompt: "", maxTokens: 1) {}
-            XCTFail("an empty prompt has nothing to go on from")
-        } catch {
-            XCTAssertTrue(error.localizedDescription.contains("no tokens to read"), error.localizedDescription)
-        }
+        for try await _ in model.generate(prompt: "", maxTokens: 1, sampling: .greedy) {}  // from the token that begins a text
+        let begun = try await model.state()
+        XCTAssertEqual(begun.nTokens, 2)
     }
 
     func testStatesGoBetweenLayouts() async throws {

@@ -92,6 +92,19 @@ final class SamplingTests: XCTestCase {
         XCTAssertEqual(try sampler.choose(logits, limit: 6), 3)
     }
 
+    func testPenaltiesGoOnCounting() throws {
+        let sampling = Sampling(temperature: 0, presencePenalty: 0.5, frequencyPenalty: 1, penaltyDecay: 0.5)
+        var whole = try Sampler(sampling, seed: nil)
+        whole.add(1, text: "word")
+        var later = try Sampler(sampling, seed: nil, occurrences: whole.occurrences)
+        for token in [3, 1] {
+            whole.add(token, text: "word")
+            later.add(token, text: "word")
+        }
+        XCTAssertEqual(later.occurrences, [1: 1.25, 3: 0.5])
+        XCTAssertEqual(whole.occurrences, later.occurrences)
+    }
+
     func testWhatCannotBeIsRefused() {
         assertThrows("out of range") { try Sampler(Sampling(temperature: -1), seed: nil) }
         assertThrows("out of range") { try Sampler(Sampling(topP: 0), seed: nil) }

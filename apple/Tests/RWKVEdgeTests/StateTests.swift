@@ -39,6 +39,21 @@ final class StateTests: XCTestCase {
         XCTAssertEqual(again, state)
     }
 
+    func testWhatAStateKnowsOfItsTextRoundTrips() throws {
+        let manifest = try Goldens.manifest()
+        let old = try SavedState(contentsOf: file, manifest: manifest)
+        XCTAssertEqual(old.recent, [])
+        XCTAssertNil(old.tokenizer)
+        XCTAssertNil(old.occurrences)
+        let state = SavedState(
+            modelID: old.modelID, nTokens: 12, tensors: old.tensors, logits: old.logits, recent: [3, 0, 15],
+            tokenizer: String(repeating: "0aF9", count: 16).lowercased(), occurrences: [4: 0.5, 2: 1])
+        let again = try SavedState(state.encoded(), manifest: manifest, name: "again")
+        XCTAssertEqual(again, state)
+        let outside = SavedState(modelID: old.modelID, nTokens: 12, tensors: old.tensors, logits: nil, recent: [16], tokenizer: state.tokenizer)
+        assertThrows("damaged") { try SavedState(outside.encoded(), manifest: manifest, name: "outside") }
+    }
+
     func testOnlyAStateFileIsReplaced() throws {
         let state = try SavedState(contentsOf: file, manifest: Goldens.manifest())
         let folder = FileManager.default.temporaryDirectory.appendingPathComponent(UUID().uuidString)
