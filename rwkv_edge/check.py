@@ -4,7 +4,7 @@ The weights are read from the bundle's files, the numpy reference runs on them, 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .models import spec_of
 from .reference import Weights, run_reference
 from .runtime import Model, Sampling
 from .runtime.sampling import log_softmax, sample
+from .runtime.session import ARITHMETIC_KL, arithmetic_warning
 from .runtime.session import Loop as OnnxLoop
 
 Array = npt.NDArray[Any]
@@ -95,11 +96,15 @@ class Row:
 class Report:
     """What `check` found.
 
-    limits    what is allowed: exact_max, exact_state, int8_rms; of Core ML native_kl and native_state
+    limits    what is allowed: exact_max, exact_state, int8_rms; of Core ML native_kl and native_state; arithmetic_kl is
+              what 8-bit activations may cost without a warning
     rounding  how far numpy's float32 step is from the float64 reference: the measure of what a graph may be off
     packages  of a Core ML bundle: which of its files are not what this release of rwkv-edge writes for its weights; None if
               another release has made it
     weights   the numpy reference on the bundle's weights against the checkpoint: the cost of quantization alone, or None
+    arithmetic  what 8-bit activations, or Core ML's float16, cost alone: the graphs that run against the float64 reference on
+              the same weights, the reading of the largest KL; None if all graphs are exact
+    warnings  that 8-bit activations cost more than limits' arithmetic_kl, which is no failure
     """
 
     bundle: Path
@@ -109,6 +114,8 @@ class Report:
     rounding: Difference
     packages: tuple[str, ...] | None
     weights: Difference | None
+    arithmetic: Difference | None
+    warnings: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
@@ -201,10 +208,10 @@ def check(
         weights = difference(reference, original) if original is not None else None
         limits = {"exact_max": COREML_EXACT, "exact_state": COREML_EXACT}
         limits |= {"native_kl": COREML_NATIVE_KL, "native_state": COREML_NATIVE_STATE}
-        return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, _not_as_written(b), weights)
+        return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, _not_as_written(b), weights, _costliest(rows), ())
     rows = []
     for role in map(str, roles):
-        model, graph = Model(b, threads=threads, role=role), b.graph(role)
+        model, graph = Model(b, threads=threads, exact=role == "exact"), b.graph(role)
         exact = graph["arithmetic"] == "exact"
         for size in dict.fromkeys((1, min(graph["T"], n_tokens))):
             fed = f"{size} at a time"
@@ -230,8 +237,15 @@ def check(
             rows.append(Row(graph["file"], graph["arithmetic"], fed, own, apart, cost, fault))
             step()
     weights = difference(reference, original) if original is not None else None
-    limits = {"exact_max": limit, "exact_state": state_limit, "int8_rms": INT8_RMS_LIMIT}
-    return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, None, weights)
+    limits = {"exact_max": limit, "exact_state": state_limit, "int8_rms": INT8_RMS_LIMIT, "arithmetic_kl": ARITHMETIC_KL}
+    arithmetic = _costliest(rows)
+    warnings = arithmetic_warning(bundle, arithmetic.kl) if arithmetic else ()
+    return Report(Path(bundle), n_tokens, tuple(rows), limits, rounding, None, weights, arithmetic, warnings)
+
+
+def _costliest(rows: Sequence[Row]) -> Difference | None:
+    """Of graphs that are not exact, the largest difference from exact arithmetic."""
+    return max((row.own for row in rows if row.arithmetic != "exact"), key=lambda own: own.kl, default=None)
 
 
 def _interpreted(
