@@ -35,23 +35,16 @@ def main() -> None:
             written[name] = export(a.checkpoint, Path(folder, name), quant=quant, block=block, overrides=overrides)
         paths = {name: w.path for name, w in written.items()}
         float32 = paths.pop("none")
-        scores = {}
-        for role in ("exact", "run"):
-            names = [name for name in paths if role == "run" or name != "fp16"]
-            found = evaluate(
-                [float32, *(paths[n] for n in names)], texts, window=a.tokens, limit=a.windows, exact=role == "exact"
-            )
-            first, *rest = found.scores
-            scores |= {(name, role): s for name, s in zip(names, rest, strict=True)}
+        found = evaluate([float32, *paths.values()], texts, window=a.tokens, limit=a.windows)
+        first, *rest = found.scores
         print(f"{found.n_predictions:,} predictions, float32: perplexity {first.perplexity.value:.3f}\n")
         print("| weights | bits/weight | MB | arithmetic | perplexity | KL, nats | top-1 |\n|---|---|---|---|---|---|---|")
-        for name in paths:
-            for role in ("exact", "run"):
-                if s := scores.get((name, role)):
-                    print(
-                        f"| {name} | {written[name].bits_per_weight:.2f} | {written[name].nbytes / 1e6:.1f} | {role} | "
-                        f"{s.percent.value:+.3f} % ± {s.percent.error:.3f} | {s.kl.value:.6f} | {100 * s.top1.value:.1f} % |"
-                    )
+        for name, score in zip(paths, rest, strict=True):
+            for role, s in ([("exact", score.weights)] if score.arithmetic else []) + [("run", score)]:
+                print(
+                    f"| {name} | {written[name].bits_per_weight:.2f} | {written[name].nbytes / 1e6:.1f} | {role} | "
+                    f"{s.percent.value:+.3f} % ± {s.percent.error:.3f} | {s.kl.value:.6f} | {100 * s.top1.value:.1f} % |"
+                )
 
 
 if __name__ == "__main__":

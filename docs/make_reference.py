@@ -25,7 +25,7 @@ PUBLIC = {
     "rwkv_edge.quantize": ["plan"],
     "rwkv_edge.check": ["check", "Report", "Row", "Difference"],
     "rwkv_edge.proof": ["Proof"],
-    "rwkv_edge.evaluate": ["evaluate", "last_words", "documents", "Evaluation", "Score", "WordScore", "Estimate"],
+    "rwkv_edge.evaluate": ["evaluate", "last_words", "documents", "Evaluation", "Score", "Cost", "WordScore", "Estimate"],
     "rwkv_edge.bench": ["bench", "Bench", "Speed"],
     "rwkv_edge.inspection": ["inspect", "Inspection", "TensorRow"],
     "rwkv_edge.forecast": ["Forecast"],

@@ -49,6 +49,7 @@ class Speed:
 class Bench:
     """How fast a bundle is, and what it takes.
 
+    arithmetic       of the graph that was measured: "exact", or "int8 activations"
     prefill, decode  reading n_prefill tokens at once; reading n_decode one by one, each waited for, none sampled
     gb_s             weights that decode reads in a second
     load_s           opening the bundle, every byte verified; its files were read shortly before
@@ -58,6 +59,7 @@ class Bench:
     """
 
     name: str
+    arithmetic: str
     nbytes: int
     bits_per_weight: float
     n_threads: int
@@ -73,11 +75,18 @@ class Bench:
 
 
 def bench(
-    bundle: str | Path, *, threads: int | None = None, n_prefill: int = 512, n_decode: int = 128, repetitions: int = 5
+    bundle: str | Path,
+    *,
+    threads: int | None = None,
+    exact: bool = False,
+    n_prefill: int = 512,
+    n_decode: int = 128,
+    repetitions: int = 5,
 ) -> Bench:
     """Measure a bundle in a fresh process.
 
     threads  None: every core
+    exact    the graph in exact arithmetic, as of `open_bundle`
 
     Raises  BundleError, BackendError; InputError for settings out of range.
     """
@@ -85,7 +94,7 @@ def bench(
         if n < 1:
             raise InputError(f"{name} {n} is not possible: expected 1 or more")
     refuse(bundle, verify=True)  # its errors are told here; and its files are in the system's cache now
-    settings = json.dumps([str(bundle), threads, n_prefill, n_decode, repetitions])
+    settings = json.dumps([str(bundle), threads, exact, n_prefill, n_decode, repetitions])
     done = subprocess.run([sys.executable, "-P", "-m", "rwkv_edge.bench", settings], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -118,13 +127,13 @@ def memory() -> tuple[int | None, int | None]:
     return (peak if sys.platform == "darwin" else peak * 1024), None
 
 
-def _measure(path: str, threads: int | None, n_prefill: int, n_decode: int, repetitions: int) -> Bench:
+def _measure(path: str, threads: int | None, exact: bool, n_prefill: int, n_decode: int, repetitions: int) -> Bench:
     """Measure in this process."""
     import onnxruntime  # noqa: F401 (which starts threads of its own)
 
     n_before = _n_native_threads()
     start = time.perf_counter()
-    model = open_bundle(path, threads=threads)
+    model = open_bundle(path, threads=threads, exact=exact)
     load_s = time.perf_counter() - start
     n_threads = threads or (n_before and _n_native_threads() - n_before + 1) or os.cpu_count() or 1
     rng = np.random.default_rng(0)
@@ -153,6 +162,7 @@ def _measure(path: str, threads: int | None, n_prefill: int, n_decode: int, repe
     weights = sum(t.nbytes for t in model.bundle.tensors.values())
     return Bench(
         name=Path(path).resolve().name,
+        arithmetic=model.arithmetic,
         nbytes=sum(file.stat().st_size for file in Path(path).iterdir()),
         bits_per_weight=8 * weights / model.spec.n_parameters,
         n_threads=n_threads,

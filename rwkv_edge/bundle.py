@@ -47,6 +47,17 @@ class Bundle:
         model_id: str = self.manifest["model_id"]
         return model_id
 
+    def exact_graph(self) -> Mapping[str, Any]:
+        """Give the manifest's entry of the graph in exact arithmetic: the one that runs, where that is exact itself.
+
+        Raises  BundleError if there is none.
+        """
+        for graph in self.manifest["graphs"]:
+            if graph["arithmetic"] == "exact":
+                exact: Mapping[str, Any] = graph
+                return exact
+        raise BundleError(f"{self.path} has no graph in exact arithmetic: export the bundle again")
+
     def graph(self, role: str) -> Mapping[str, Any]:
         """Give the manifest's entry of the graph with this role.
 

@@ -5,7 +5,7 @@ are held against it. That the files hold the right weights, only a checkpoint ca
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .proof import THIS_RELEASE, Proof, prove_weights
 from .reference import Weights, run_reference
 from .runtime import Model, Sampling
 from .runtime.sampling import log_softmax, sample
+from .runtime.session import ARITHMETIC_KL, arithmetic_warning
 from .runtime.session import Loop as OnnxLoop
 from .unpacking import Weights as StoredWeights
 
@@ -98,12 +99,16 @@ class Row:
 class Report:
     """What `check` found.
 
-    limits    what is allowed: exact_max, exact_state, int8_rms; of Core ML native_kl and native_state
+    limits    what is allowed: exact_max, exact_state, int8_rms; of Core ML native_kl and native_state; arithmetic_kl is
+              what 8-bit activations may cost without a warning
     rounding  how far numpy's float32 step is from the float64 reference: the measure of what a graph may be off
     packages  of a Core ML bundle: which of its files are not what this release of rwkv-edge writes for its weights; None if
               another release has made it
     weights   the numpy reference on the bundle's weights against the checkpoint: the cost of quantization alone, or None
     proof     whether the bundle's files hold the checkpoint's weights, tensor by tensor
+    arithmetic  what 8-bit activations, or Core ML's float16, cost alone: the graphs that run against the float64 reference on
+              the same weights, the reading of the largest KL; None if all graphs are exact
+    warnings  that 8-bit activations cost more than limits' arithmetic_kl, which is no failure
     """
 
     bundle: Path
@@ -114,6 +119,8 @@ class Report:
     packages: tuple[str, ...] | None
     weights: Difference | None
     proof: Proof
+    arithmetic: Difference | None
+    warnings: tuple[str, ...]
 
     @property
     def computes(self) -> bool:
@@ -187,7 +194,9 @@ def check(
     rows, limits = _interpret(b, answers, passes) if coreml else _run(b, answers, threads, passes)
     weights = difference(answers.logits, answers.original) if answers.original is not None else None
     packages = _not_as_written(b) if coreml else None
-    return Report(Path(bundle), n_tokens, tuple(rows), limits, answers.rounding, packages, weights, proof)
+    arithmetic = _costliest(rows)
+    warnings = arithmetic_warning(bundle, arithmetic.kl) if arithmetic and not coreml else ()
+    return Report(Path(bundle), n_tokens, tuple(rows), limits, answers.rounding, packages, weights, proof, arithmetic, warnings)
 
 
 @dataclass
@@ -263,14 +272,19 @@ def _answers(
     return _Answers(ids, logits, state, difference(single, logits), _state_apart(single_state, state), original)
 
 
+def _costliest(rows: Sequence[Row]) -> Difference | None:
+    """Of graphs that are not exact, the largest difference from exact arithmetic."""
+    return max((row.own for row in rows if row.arithmetic != "exact"), key=lambda own: own.kl, default=None)
+
+
 def _run(b: Bundle, answers: _Answers, threads: int | None, passes: _Passes) -> tuple[list[Row], dict[str, float]]:
     """What onnxruntime computes, graph by graph: token by token, and as many at a time as it takes."""
     limit = max(EXACT_FLOOR, EXACT_RATIO * answers.rounding.max_abs)
     state_limit = max(STATE_FLOOR, STATE_RATIO * answers.state_rounding)
-    limits = {"exact_max": limit, "exact_state": state_limit, "int8_rms": INT8_RMS_LIMIT}
+    limits = {"exact_max": limit, "exact_state": state_limit, "int8_rms": INT8_RMS_LIMIT, "arithmetic_kl": ARITHMETIC_KL}
     rows = []
     for graph in b.manifest["graphs"]:
-        model = Model(b, threads=threads, role=graph["role"])
+        model = Model(b, threads=threads, exact=graph["role"] == "exact")
         for size in dict.fromkeys((1, min(graph["T"], len(answers.ids)))):
             rows.append(_read(model, graph, size, answers, limits))
             passes.end()

@@ -85,6 +85,9 @@ def cli() -> None:
 force_option = click.option("-f", "--force", is_flag=True, help="Replace the output if it exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing on stderr but errors.")
+exact_option = click.option(
+    "--exact", is_flag=True, help="Compute in exact arithmetic, where the bundle rounds activations to 8 bits: slower."
+)
 interpret_option = click.option("--interpret", is_flag=True, help="Compute Core ML bundles in numpy: slowly, but anywhere.")
 threads_option = click.option(
     "--threads", metavar="N", type=click.IntRange(1, 256), help="Threads for matrix products.  [default: every core]"
@@ -299,6 +302,11 @@ def quantize(
     "or by plain operations that take one token a call.  [default: attention]",
 )
 @click.option(
+    "--arithmetic",
+    type=click.Choice(["int8", "exact"]),
+    help="With onnx: round activations of quantized matrices to 8 bits, the fastest, or compute in float32.  [default: int8]",
+)
+@click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
     help="A tokenizer.json, a World vocabulary, or none.  [default: the tokenizer.json beside CHECKPOINT, or World by size]",
@@ -324,6 +332,7 @@ def export(
     lora: str | None,
     initial_state: Path | None,
     wkv: str | None,
+    arithmetic: str | None,
     tokenizer: Path | None,
     template: str | None,
     force: bool,
@@ -351,7 +360,9 @@ def export(
     options: dict[str, Any] = dict(
         quant=quant, block=block, overrides=overrides, force=force, wkv=wkv, tokenizer=tokenizer, template=template
     )
-    options |= dict(lora=lora, initial_state=initial_state, target=target, profile=profile, coreml_state=coreml_state)
+    options |= dict(
+        arithmetic=arithmetic, lora=lora, initial_state=initial_state, target=target, profile=profile, coreml_state=coreml_state
+    )
     if part_bytes:
         from .forecast import parse_size
 
@@ -393,7 +404,7 @@ def check(
 
     Reads the weights from the bundle's files, runs the step in numpy in float64, and holds every graph against it, reading
     tokens one by one and in chunks. Differences are in standard deviations of the logits. Exits with 3 if a graph is
-    further off than float32 explains; the cost of quantization is shown, and is no failure. Core ML's packages are
+    further off than float32 explains; what weights and arithmetic cost is shown, and is no failure. Core ML's packages are
     interpreted, slowly, and in float64 must agree to 1e-10.
 
     With --against, every tensor is compared with the checkpoint's too: floats rounded exactly, codes and scales as their
@@ -435,6 +446,7 @@ def check(
 @load_state_option
 @click.option("--save-state", type=click.Path(path_type=Path), help="Write, or replace, a state file at the end.")
 @threads_option
+@exact_option
 @interpret_option
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for every prompt.")
 @quiet_option
@@ -451,6 +463,7 @@ def run(
     load_state: Path | None,
     save_state: Path | None,
     threads: int | None,
+    exact: bool,
     interpret: bool,
     as_json: bool,
     quiet: bool,
@@ -477,7 +490,7 @@ def run(
         raise InputError("--save-state goes with one prompt: each has a state of its own")
     if save_state:
         refuse_output(save_state)  # before the work, not after it
-    model, load_s = _open(bundle, threads, interpret)
+    model, load_s = _open(bundle, threads, exact, interpret)
     state = model.load_state(load_state) if load_state else None
     settings = _by_id(model, settings)
     reads = [model.prompt_ids(_ids(text) if ids else text, state).tolist() for text in texts]
@@ -530,6 +543,7 @@ def run(
 @click.option("-n", "--max-tokens", type=click.IntRange(1), default=2048, metavar="N", help="Tokens of a reply at most.")
 @sampling_options
 @load_state_option
+@exact_option
 @interpret_option
 @threads_option
 @quiet_option
@@ -540,6 +554,7 @@ def chat(
     max_tokens: int,
     settings: dict[str, Any],
     load_state: Path | None,
+    exact: bool,
     interpret: bool,
     threads: int | None,
     quiet: bool,
@@ -558,7 +573,7 @@ def chat(
 
     if system and load_state:
         raise click.UsageError("--system begins a conversation, and --load-state goes on with one: leave one of them out.")
-    model, load_s = _open(bundle, threads, interpret)
+    model, load_s = _open(bundle, threads, exact, interpret)
     if model.bundle.model_id == DEMO_MODEL and not model.bundle.manifest["prompt"]:
         raise InputError(f'{bundle} is the demo model, which can only tell stories: rwkv-edge run {bundle} "Once upon a time"')
     state = model.load_state(load_state) if load_state else None
@@ -578,7 +593,7 @@ def chat(
 @click.option("--window", type=click.IntRange(2), metavar="N", help="Read windows of N tokens.  [default: whole documents]")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="At most so many documents, or windows.  [default: all]")
 @click.option("--last-words", is_flag=True, help="How often the last word of each document is right, as LAMBADA counts.")
-@click.option("--exact", is_flag=True, help="Run the graph with exact arithmetic in place of 8-bit activations.")
+@exact_option
 @interpret_option
 @threads_option
 @json_option
@@ -600,7 +615,9 @@ def eval_(
     """Measure how well models predict a text.
 
     Perplexity per token and bits per byte; and beside the first of them, or a checkpoint, the perplexity lost (paired, so
-    its error is small), KL and how often the most likely token is the same. Errors are standard errors.
+    its error is small), KL and how often the most likely token is the same. Errors are standard errors. Where a bundle
+    rounds activations to 8 bits, the costs of its weights and of its arithmetic are told apart, and a warning says if the
+    arithmetic costs more than 0.001 nats per token.
 
     \b
     rwkv-edge eval model-int4 model-int8 --text book.txt --against model.pth
@@ -642,6 +659,7 @@ def eval_(
     multiple=True,
     help="May be given again, to compare.  [default: every core]",
 )
+@exact_option
 @json_option
 @quiet_option
 def bench(
@@ -650,6 +668,7 @@ def bench(
     decode: int,
     repetitions: int,
     threads: tuple[int, ...],
+    exact: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -672,7 +691,7 @@ def bench(
         for n in threads or (None,):
             if is_terminal(sys.stderr):
                 say(f"\r\033[Kmeasuring {path.name} ...", quiet, nl=False)
-            found.append(measure(path, threads=n, n_prefill=prefill, n_decode=decode, repetitions=repetitions))
+            found.append(measure(path, threads=n, exact=exact, n_prefill=prefill, n_decode=decode, repetitions=repetitions))
     if is_terminal(sys.stderr):
         say("\r\033[K", quiet, nl=False)
     if as_json:
@@ -756,12 +775,13 @@ def _beside(checkpoint: Path, suffix: str | None) -> Path:
     return checkpoint.with_name(name + (suffix or ("" if quantized else "-int4")))
 
 
-def _open(bundle: Path, threads: int | None, interpret: bool = False) -> tuple[Any, float]:
+def _open(bundle: Path, threads: int | None, exact: bool, interpret: bool) -> tuple[Any, float]:
     """An open model, and the seconds it took."""
     from .runtime import open_bundle
 
     start = time.perf_counter()
-    model = open_bundle(bundle, threads=threads, interpret="native" if interpret else None)
+    interpreted = ("exact" if exact else "native") if interpret else None
+    model = open_bundle(bundle, threads=threads, exact=exact and not interpret, interpret=interpreted)
     return model, time.perf_counter() - start
 
 

@@ -170,6 +170,7 @@ def export(
     lora: str | Path | None = None,
     initial_state: str | Path | None = None,
     wkv: str | None = None,
+    arithmetic: str | None = None,
     target: str = "onnx",
     profile: str | None = None,
     coreml_state: str | None = None,
@@ -188,6 +189,8 @@ def export(
     initial_state  a state-tuned file, `blocks.0.att.time_state` and so on: every text begins from it; None is the one that
                the checkpoint's own file holds, if any
     wkv        "attention" (onnxruntime's operator, the fastest; None), "plain" (plain operations), "step" (one token a call)
+    arithmetic  with onnx, of quantized matrices: "int8" rounds activations to 8 bits, the fastest (None), and adds a graph that
+               does not, for comparison; "exact" computes in float32
     target     "onnx", or "coreml": packages for macOS 15 and iOS 18, in float16; quants: see rwkv_edge.quantize.coreml_plan
     profile    with coreml, the unit it is laid out for: "ane", the Neural Engine (None), or "gpu"
     coreml_state   with coreml, "explicit" (tensors in and out; None), or "packed", one tensor that Core ML keeps
@@ -205,7 +208,7 @@ def export(
     """
     output = Path(output)
     source = with_lora(open_checkpoint(checkpoint), lora)
-    _refuse(target, wkv, profile, coreml_state, part_bytes)
+    _refuse(target, wkv, arithmetic, profile, coreml_state, part_bytes)
     if template is not None and template not in TEMPLATES:
         raise ExportError(f"template {template!r} is unknown: expected one of {', '.join(TEMPLATES)}")
     spec = source.spec
@@ -213,6 +216,8 @@ def export(
         plan = _coreml_plan(source, quant, profile or "ane", block, overrides)
     else:
         plan = _plan(source, quant, block, overrides)
+        if arithmetic == "int8" and not any(r.block for r in plan.values()):
+            raise ExportError("arithmetic 'int8' has no effect on float weights, which are computed exactly: leave it out")
     verify(source)
     first, state_notes = first_state(source, initial_state)
     tokenizer_file, tokenizer_about = _tokenizer(source, tokenizer)
@@ -225,7 +230,7 @@ def export(
             raise ExportError(f"{initial_state or source.path}: {beyond[0]} is beyond float16, in which Core ML keeps states")
         made = _coreml_graphs(source, plan, profile or "ane", coreml_state or "explicit", part_bytes)
     else:
-        made = _onnx_graphs(source, plan, wkv or "attention")
+        made = _onnx_graphs(source, plan, wkv or "attention", exact=arithmetic == "exact")
 
     with new_directory(output, replaceable=why_not_replace if force else None) as folder:
         importance: Mapping[str, Array] = {}
@@ -305,11 +310,19 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def _refuse(target: str, wkv: str | None, profile: str | None, coreml_state: str | None, part_bytes: int | None) -> None:
+def _refuse(
+    target: str,
+    wkv: str | None,
+    arithmetic: str | None,
+    profile: str | None,
+    coreml_state: str | None,
+    part_bytes: int | None,
+) -> None:
     """Refuse options that are unknown, or of the other target."""
     known: dict[str, tuple[object, Sequence[str]]] = {
         "target": (target, ("onnx", "coreml")),
         "wkv": (wkv, tuple(onnx.WKV_FORMS)),
+        "arithmetic": (arithmetic, ("int8", "exact")),
         "profile": (profile, tuple(COREML_QUANTS)),
         "coreml_state": (coreml_state, ("explicit", "packed")),
     }
@@ -318,6 +331,8 @@ def _refuse(target: str, wkv: str | None, profile: str | None, coreml_state: str
             raise ExportError(f"{option} {value!r} is unknown: expected one of {', '.join(values)}")
     if target == "coreml" and wkv is not None:
         raise ExportError(f"wkv {wkv!r} is of target onnx: a Core ML bundle has one form")
+    if target == "coreml" and arithmetic is not None:
+        raise ExportError(f"arithmetic {arithmetic!r} is of target onnx: a Core ML bundle computes in float16")
     for option, value in {"profile": profile, "coreml_state": coreml_state, "part_bytes": part_bytes}.items():
         if target == "onnx" and value is not None:
             raise ExportError(f"{option} {value} is for Core ML: give target coreml with it")
@@ -338,9 +353,9 @@ class _Graphs:
     state: Callable[[StateTensor], dict[str, float]]
 
 
-def _onnx_graphs(source: Checkpoint, plan: Plan, wkv: str) -> _Graphs:
+def _onnx_graphs(source: Checkpoint, plan: Plan, wkv: str, *, exact: bool) -> _Graphs:
     layout = onnx.Layout(source.spec, plan)
-    graphs = {"run": onnx.trace(source.spec, plan, layout, wkv=wkv, exact=False, weights_file=WEIGHTS)}
+    graphs = {"run": onnx.trace(source.spec, plan, layout, wkv=wkv, exact=exact, weights_file=WEIGHTS)}
     if graphs["run"].about["arithmetic"] != "exact":
         graphs["exact"] = onnx.trace(source.spec, plan, layout, wkv=wkv, exact=True, weights_file=WEIGHTS)
     names = {"run": "model.onnx", "exact": "exact.onnx"}

@@ -20,6 +20,7 @@ from .qtensor import Lut, QTensor
 from .reference import Weights, run_reference
 from .runtime import Model
 from .runtime.sampling import log_softmax
+from .runtime.session import arithmetic_warning
 from .tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -39,14 +40,31 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """How far one model is from another on the same text.
+
+    percent  of perplexity more; paired, so its error is smaller than those of both
+    kl       nats per token, from the other one's distribution to this one's
+    top1     share of tokens with the same most likely next token
+    """
+
+    percent: Estimate
+    kl: Estimate
+    top1: Estimate
+
+
+@dataclass(frozen=True)
 class Score:
-    """How one model did.  Against the first of the models, and None for that one itself: percent, kl, top1.
+    """How one model did.  Against the first of the models, and None for that one itself: percent, kl, top1, weights.
 
     perplexity     exp of the mean negative log-likelihood of a token
     bits_per_byte  of the text: comparable between tokenizers
     percent        of perplexity more than the first; paired, so its error is smaller than those of both
     kl             nats per token, from the first one's distribution to this one's
     top1           share of tokens with the same most likely next token
+    weights        the cost of the weights alone: both in exact arithmetic. None where Core ML's float16 is in it
+    arithmetic     the cost of rounding activations to 8 bits: as the bundle runs, against exact arithmetic on the same
+                   weights. None if it runs in exact arithmetic, or in float16
     """
 
     name: str
@@ -55,16 +73,22 @@ class Score:
     percent: Estimate | None
     kl: Estimate | None
     top1: Estimate | None
+    weights: Cost | None
+    arithmetic: Cost | None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found: on so many predictions of tokens, which are so many bytes of text."""
+    """What `evaluate` found: on so many predictions of tokens, which are so many bytes of text.
+
+    warnings  of bundles whose 8-bit activations cost more than 0.001 nats per token
+    """
 
     n_documents: int
     n_predictions: int
     n_bytes: int
     scores: tuple[Score, ...]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -189,6 +213,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure how well models predict texts, and how far they are from the first of them.
 
+    A bundle that rounds activations to 8 bits is run in exact arithmetic too: what its weights cost and what its arithmetic
+    costs are told apart.
+
     against  a checkpoint to compare with, in float32: it becomes the first. It begins from the initial state of the first
              bundle if that is the same model
     lora     to merge into it, as FILE or FILE:ALPHA
@@ -206,9 +233,11 @@ def evaluate(
         raise InputError(f"a window of {window} tokens predicts nothing: expected a whole number, 2 or more")
     _refuse_no_texts(texts, limit)
     feeds, names, tokenizer, bos_token_id = _open(bundles, against, lora, threads, exact, interpret)
+    exacts = _open_exact(feeds, threads)
+    pairs = _pairs(exacts)
     read = passages(texts, tokenizer, bos_token_id=bos_token_id, window=window, limit=limit)
     total, done = sum(len(p.ids) - 1 for p in read), 0
-    pieces, n_tokens, n_bytes = [], [], []
+    nll, apart, n_tokens, n_bytes = [], [], [], []
     for passage in read:
         states: list[Any] = [None] * len(feeds)
         inputs, targets, sizes = passage.ids[:-1], np.asarray(passage.ids[1:]), passage.n_bytes[1:]
@@ -219,13 +248,18 @@ def evaluate(
                 logits.append(rows)
             for j in range(0, len(logits[0]), PIECE):
                 y = targets[i + j : i + _CHUNK][:PIECE]
-                pieces.append(_sums([rows[j : j + PIECE] for rows in logits], y))
+                sums = _sums([rows[j : j + PIECE] for rows in logits], pairs, y)
+                nll.append(sums[0])
+                apart.append(sums[1])
                 n_tokens.append(len(y))
                 n_bytes.append(sum(sizes[i + j : i + j + len(y)]))
             done += len(logits[0])
             if progress:
                 progress(done, total)
-    return Evaluation(len(read), sum(n_tokens), sum(n_bytes), _scores(names, np.stack(pieces, 1), n_tokens, n_bytes))
+    costs = _costs(pairs, np.stack(nll, 1), np.stack(apart, 1), n_tokens)
+    scores = _scores(names, exacts, costs, np.stack(nll, 1), n_tokens, n_bytes)
+    warnings = [w for s in scores if s.arithmetic for w in arithmetic_warning(s.name, s.arithmetic.kl.value)]
+    return Evaluation(len(read), sum(n_tokens), sum(n_bytes), scores, tuple(warnings))
 
 
 def last_words(
@@ -305,9 +339,8 @@ def _open(
         bundle = read_bundle(path)
         if interpret and bundle.target == "coreml":
             models.append(Model(bundle, interpret="exact" if exact else "native"))
-            continue
-        roles = [g["role"] for g in bundle.manifest["graphs"] if g["arithmetic"] == "exact"]
-        models.append(Model(bundle, threads=threads, role=roles[0] if exact and roles else "run"))
+        else:
+            models.append(Model(bundle, threads=threads, exact=exact))
     first = models[0]
     for path, model in zip(bundles, models, strict=True):
         if model.tokenizer is None:
@@ -347,40 +380,79 @@ def _reference(against: str | Path, lora: str | Path | None, model: Model) -> Re
     return Reference(checkpoint, model.first.tensors if model.first and same else None)
 
 
-def _sums(logits: Sequence[Array], y: Array) -> Array:
-    """Sums (models, 3) over tokens of nll, KL and agreement, against the first model: logits (T, V) each, y (T,)."""
-    sums = np.zeros((len(logits), 3))
-    for k, x in enumerate(logits):
-        log_q = log_softmax(x)
-        if k == 0:
-            log_p = log_q
-            p = np.exp(log_p)
-        sums[k] = (
-            -log_q[np.arange(len(y)), y].sum(),
-            (p * (log_p - log_q)).sum(),
-            (log_p.argmax(-1) == log_q.argmax(-1)).sum(),
+def _open_exact(feeds: list[Feeds], threads: int | None) -> list[int | None]:
+    """Open the exact graphs of models that round activations, as further feeds.
+
+    Returns  for every model the place of what computes its weights in exact arithmetic; None where nothing does
+    """
+    exacts: list[int | None] = []
+    for k, model in enumerate(list(feeds)):
+        arithmetic = model.arithmetic if isinstance(model, Model) else "exact"
+        exacts.append({"exact": k, "int8 activations": len(feeds)}.get(arithmetic))
+        if isinstance(model, Model) and arithmetic == "int8 activations":
+            feeds.append(Model(model.bundle, threads=threads, exact=True))
+    return exacts
+
+
+def _pairs(exacts: Sequence[int | None]) -> list[tuple[int, int]]:
+    """Which feeds are compared, the reference first: all with the first; their exact ones; each with its own exact one."""
+    pairs: dict[tuple[int, int], None] = {(0, k): None for k in range(1, len(exacts))}
+    for k, exact in enumerate(exacts):
+        if k and exact is not None and exacts[0] is not None:
+            pairs[exacts[0], exact] = None
+        if exact not in (None, k):
+            pairs[exact, k] = None
+    return list(pairs)
+
+
+def _sums(logits: Sequence[Array], pairs: Sequence[tuple[int, int]], y: Array) -> tuple[Array, Array]:
+    """Sums over tokens: nll of every model (models,), KL and agreement of pairs (pairs, 2); logits (T, V) each, y (T,)."""
+    logs = [log_softmax(x) for x in logits]
+    nll = [-log[np.arange(len(y)), y].sum() for log in logs]
+    apart = [
+        ((np.exp(p) * (p - q)).sum(), (p.argmax(-1) == q.argmax(-1)).sum()) for p, q in ((logs[i], logs[k]) for i, k in pairs)
+    ]
+    return np.asarray(nll), np.asarray(apart, float).reshape(-1, 2)
+
+
+def _costs(
+    pairs: Sequence[tuple[int, int]], nll: Array, apart: Array, n_tokens: Sequence[int]
+) -> dict[tuple[int | None, int | None], Cost]:
+    """From sums over pieces, nll (models, pieces) and apart (pairs, pieces, 2), to the figures of every pair."""
+    tokens = np.asarray(n_tokens, float)
+    costs: dict[tuple[int | None, int | None], Cost] = {}
+    for i, (reference, k) in enumerate(pairs):
+        ratio = _exp(_ratio(nll[k] - nll[reference], tokens))
+        percent = Estimate(100 * (ratio.value - 1), ratio.error and 100 * ratio.error)
+        costs[reference, k] = Cost(percent, _ratio(apart[i, :, 0], tokens), _ratio(apart[i, :, 1], tokens))
+    return costs
+
+
+def _scores(
+    names: Sequence[str],
+    exacts: Sequence[int | None],
+    costs: Mapping[tuple[int | None, int | None], Cost],
+    nll: Array,
+    n_tokens: Sequence[int],
+    n_bytes: Sequence[int],
+) -> tuple[Score, ...]:
+    """Figures of every model from sums nll (models, pieces) and from the costs of pairs."""
+    scores = []
+    for k, name in enumerate(names):
+        whole = costs.get((0, k))
+        scores.append(
+            Score(
+                name,
+                perplexity=_exp(_ratio(nll[k], np.asarray(n_tokens, float))),
+                bits_per_byte=_ratio(nll[k] / math.log(2), np.asarray(n_bytes, float)),
+                percent=whole.percent if whole else None,
+                kl=whole.kl if whole else None,
+                top1=whole.top1 if whole else None,
+                weights=costs.get((exacts[0], exacts[k])) if k else None,
+                arithmetic=costs.get((exacts[k], k)),
+            )
         )
-    return sums
-
-
-def _scores(names: Sequence[str], sums: Array, n_tokens: Sequence[int], n_bytes: Sequence[int]) -> tuple[Score, ...]:
-    """From sums (models, pieces, 3) to figures."""
-    tokens, nbytes = np.asarray(n_tokens, float), np.asarray(n_bytes, float)
-
-    def one(k: int, name: str) -> Score:
-        nll, kl, top1 = sums[k].T
-        percent = _exp(_ratio(nll - sums[0, :, 0], tokens))
-        percent = Estimate(100 * (percent.value - 1), percent.error and 100 * percent.error)
-        return Score(
-            name,
-            _exp(_ratio(nll, tokens)),
-            _ratio(nll / math.log(2), nbytes),
-            percent if k else None,
-            _ratio(kl, tokens) if k else None,
-            _ratio(top1, tokens) if k else None,
-        )
-
-    return tuple(one(k, name) for k, name in enumerate(names))
+    return tuple(scores)
 
 
 def _ratio(sums: Array, n: Array) -> Estimate:

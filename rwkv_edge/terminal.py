@@ -173,7 +173,6 @@ def print_report(report: Any) -> None:
     if report.packages is not None:
         said = f"NOT: {', '.join(report.packages)}" if report.packages else "all of them"
         click.echo(f"Packages that are what this release writes for these weights: {said}.")
-    _print_proof(report)
     if report.weights:
         click.echo("\nagainst the checkpoint: what quantization cost")
         costs = [("the weights alone", report.weights)]
@@ -184,6 +183,16 @@ def print_report(report: Any) -> None:
             ("", "n", "max", "rms", "KL", "top-1"),
             [(what, *_difference(d)) for what, d in costs],
         )
+        click.echo()
+    rounded = "float16" if "native_kl" in allowed else "8-bit activations"
+    for what, cost in (("weights cost", report.weights), (f"arithmetic ({rounded}) costs", report.arithmetic)):
+        if cost:
+            click.echo(
+                f"The {what} a KL of {cost.kl:.2g} nats per token; the likeliest token is the same at {100 * cost.top1:.1f} %."
+            )
+    for warning in report.warnings:
+        click.echo(f"Warning: {warning}.")
+    _print_proof(report)
 
 
 def _print_proof(report: Any) -> None:
@@ -258,16 +267,34 @@ def print_scores(found: Any) -> None:
     first, passages = found.scores[0].name, "passage" if found.n_documents == 1 else "passages"
     click.echo(f"{found.n_predictions:,} predictions, {found.n_bytes:,} bytes of text, {found.n_documents} {passages}\n")
     head: tuple[str, ...] = ("", "perplexity", "bits/byte")
-    rows: list[tuple[str, ...]] = [(s.name, figure(s.perplexity, 3), figure(s.bits_per_byte, 4)) for s in found.scores]
-    if len(found.scores) == 1:
-        table(head, rows)
+    rows: list[tuple[str, ...]] = []
+    apart = [s for s in found.scores if s.arithmetic]
+    if len(found.scores) == 1 and not apart:
+        table(head, [_score(found.scores[0])[:3]])
         return
-    head += ("cost", "KL", "same top")
-    costs = ((figure(s.percent, 2, 1, " %", signed=True), figure(s.kl, 5), figure(s.top1, 1, 100, " %")) for s in found.scores)
-    table(head, [row + cost for row, cost in zip(rows, costs, strict=True)])
-    click.echo(f"\nBeside {first}: cost, in perplexity; KL, nats a token; same top, how often the likeliest token agrees.")
+    for s in found.scores:
+        rows.append(_score(s))
+        parts = (("  weights", s.weights), ("  arithmetic", s.arithmetic)) if s.arithmetic else ()
+        rows += [(name, "", "", *_cost(part)) for name, part in parts if part]
+    table((*head, "cost", "KL", "same top"), rows)
+    beside = f"Beside {first}: " if len(found.scores) > 1 else ""
+    click.echo(f"\n{beside}cost, in perplexity; KL, nats a token; same top, how often the likeliest token agrees.")
+    if apart and beside:
+        click.echo("weights: with both in exact arithmetic.")
+    if apart:
+        click.echo("arithmetic: 8-bit activations, beside exact arithmetic on the same weights.")
     if any(s.percent and abs(s.percent.value) < 2 * (s.percent.error or 0) for s in found.scores):
         click.echo("A cost below twice its error may be chance: use a longer text.")
+    for warning in found.warnings:
+        click.echo(f"Warning: {warning}.")
+
+
+def _score(s: Any) -> tuple[str, ...]:
+    return s.name, figure(s.perplexity, 3), figure(s.bits_per_byte, 4), *_cost(s)
+
+
+def _cost(c: Any) -> tuple[str, ...]:
+    return figure(c.percent, 2, 1, " %", signed=True), figure(c.kl, 5), figure(c.top1, 1, 100, " %")
 
 
 def print_words(words: Sequence[Any], n: int) -> None:

@@ -78,7 +78,7 @@ def model(bundle):
     def get(name="demo", role="run", **options):
         key = (name, role, *sorted(options.items()))
         if key not in cache:
-            cache[key] = open_bundle(bundle(name, **options), threads=2, role=role)
+            cache[key] = open_bundle(bundle(name, **options), threads=2, exact=role == "exact")
         return cache[key]
 
     return get

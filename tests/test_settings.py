@@ -236,7 +236,7 @@ def test_both_onnx_graphs_of_a_quantized_bundle_compute_with_the_settings(case, 
         elif t.recipe.bits == 16:
             w[name] = t.read() if t.shape == w[name].shape else t.read().T
     expected, usual = logits_of(w, version, *eps), logits_of(w, version, 1e-5, 64e-5, 1e-5)
-    exact, run = (open_bundle(bundle, role=role).feed(IDS, every=True)[0] for role in ("exact", "run"))
+    exact, run = (open_bundle(bundle, exact=role == "exact").feed(IDS, every=True)[0] for role in ("exact", "run"))
     assert apart(exact, expected) <= 0.05 * apart(usual, expected)
     assert np.square(run - expected).mean() < np.square(run - usual).mean() or apart(usual, expected) < 0.2
     assert check(bundle, n_tokens=20).ok
