@@ -26,7 +26,7 @@ from rwkv_edge.reference import run_reference
 from rwkv_edge.runtime import open_bundle
 from rwkv_edge.runtime.sampling import log_softmax
 from rwkv_edge.spec import Spec
-from rwkv_edge.tokenizer import open_tokenizer, tokenizer_beside
+from rwkv_edge.texts import find_texts
 
 CHECKPOINT = Path(rwkv_edge.__file__).parent / "demo" / "rwkv7-stories-7m.pth"
 LUTS = [(4, 1), (4, 4), (4, 8), (4, 16), (4, 32), (6, 16)]
@@ -45,9 +45,8 @@ def main() -> None:
     a = parser.parse_args()
     checkpoint = open_checkpoint(a.checkpoint)
     spec, weights = checkpoint.spec, {name: t.read() for name, t in checkpoint.tensors.items()}
-    path = tokenizer_beside(a.checkpoint, spec.n_vocab)
-    assert path, "no tokenizer beside the checkpoint"
-    tokenizer = open_tokenizer(path)
+    tokenizer = find_texts(checkpoint).tokenizer
+    assert tokenizer, "no tokenizer beside the checkpoint"
     windows = [p.ids for p in passages(documents(a.text), tokenizer, bos_token_id=0, window=a.tokens, limit=a.windows)]
     ids = [i for text in documents(a.calibrate) for i in tokenizer.encode(text)] if a.calibrate else made_up(a.checkpoint)
     importance = mean_squares(spec, weights, ids)

@@ -309,12 +309,12 @@ def quantize(
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
-    help="A tokenizer.json, a World vocabulary, or none.  [default: the tokenizer.json beside CHECKPOINT, or World by size]",
+    help="A file, world (built in), or none.  [default: the checkpoint's own, one beside it, or world by size]",
 )
 @click.option(
     "--template",
-    type=click.Choice(["none", "rwkv"]),
-    help="How the model was taught to chat: User: and Assistant:, or not.  [default: rwkv with the World vocabulary]",
+    type=click.Choice(["none", "rwkv", "chatml"]),
+    help="Chat template: rwkv is User: and Assistant:.  [default: the checkpoint's, or rwkv with World]",
 )
 @force_option
 @quiet_option

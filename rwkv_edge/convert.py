@@ -40,7 +40,7 @@ from .quantize import plan as make_plan
 from .reference import Weights
 from .runtime import State
 from .spec import Shape, Spec, StateTensor
-from .tokenizer import World, open_tokenizer, tokenizer_beside
+from .texts import Texts, find_texts
 
 Progress = Callable[[int, int], None]
 WEIGHTS = "weights.bin"
@@ -83,6 +83,16 @@ TEMPLATES: dict[str, dict[str, Any] | None] = {
                 ),
             },
         },
+    },
+    # Source: github.com/openai/openai-python, chatml.md
+    "chatml": {
+        "system": "<|im_start|>system\n{}<|im_end|>\n",
+        "user": "<|im_start|>user\n{}<|im_end|>\n",
+        "assistant": "<|im_start|>assistant\n",
+        "turn_end": "<|im_end|>\n",
+        "stop": ["<|im_end|>"],
+        "blank_lines": "keep",
+        "think": {"none": {"opening": "", "sampling": None}, "think": {"opening": "<think>\n", "sampling": None}},
     },
 }
 
@@ -197,9 +207,10 @@ def export(
     part_bytes     with coreml, split into packages of about so many; None is what the unit takes, 1 GiB with ane
     calibrate      with lut4 and lut6, a text or several that the model reads first (8192 tokens at most): the larger an
                    input is on average, the more its weights count when tables are made. It needs a tokenizer
-    tokenizer  a tokenizer.json, a World vocabulary (.txt), or "none"; without it, the tokenizer.json beside the checkpoint, or
-               what a Hugging Face folder has; without that, the World vocabulary for a model of its size, or else none
-    template   how the model was taught to chat: "rwkv" (User: and Assistant:), or "none"; without it, rwkv with World
+    tokenizer  a tokenizer.json, a World vocabulary (.txt), "world" for the built-in one, or "none"; without it, the first that
+               fits the model: the checkpoint's own, in its folder or its GGUF; one beside its file; World by its size
+    template   the chat template: "rwkv" (User: and Assistant:), "chatml", or "none"; without it, the checkpoint's if it is one
+               of these, or else rwkv with World
     progress   called with weights done and weights in all
 
     The same weights and options give the same bytes, whatever container the weights came in.
@@ -220,8 +231,8 @@ def export(
             raise ExportError("arithmetic 'int8' has no effect on float weights, which are computed exactly: leave it out")
     verify(source)
     first, state_notes = first_state(source, initial_state)
-    tokenizer_file, tokenizer_about = _tokenizer(source, tokenizer)
-    ids = _calibration(plan, calibrate, tokenizer_file, tokenizer_about) if calibrate is not None else []
+    texts = find_texts(source, tokenizer, template)
+    ids = _calibration(plan, calibrate, texts) if calibrate is not None else []
     if ids:
         plan = {name: replace(r, method="weighted kmeans") if r.rows else r for name, r in plan.items()}
     if target == "coreml":
@@ -240,8 +251,8 @@ def export(
         for name, content in made.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
-        if tokenizer_file:
-            (folder / tokenizer_about["file"]).write_bytes(tokenizer_file.read_bytes())
+        if texts.entry:
+            (folder / texts.entry["file"]).write_bytes(texts.content)
         tables = onnx.Layout.of_tables(spec, plan)
         layouts = made.layouts | ({TABLES: tables} if spec.tables else {})
         with contextlib.ExitStack() as stack:
@@ -273,18 +284,15 @@ def export(
                 for file in _files(folder)
             },
             "initial_state": INITIAL_STATE if first else None,
-            "tokenizer": tokenizer_about or None,
-            "prompt": TEMPLATES[template or ("rwkv" if tokenizer_about.get("kind") == World.kind else "none")],
+            "tokenizer": texts.entry,
+            "prompt": TEMPLATES[texts.template],
             "sampling": _sampling(),
             "made_by": {"tool": "rwkv-edge", "version": __version__},
         }
         (folder / MANIFEST).write_bytes(dump_manifest(manifest))
         nbytes = sum(file.stat().st_size for file in _files(folder))
         read_bundle(folder, verify=False)  # what we write, we can read
-    notes = [*source.notes, *state_notes, *(_eps_notes(spec) if target == "coreml" else [])]
-    if not tokenizer_file:
-        missing = "no tokenizer" if tokenizer else f"no tokenizer.json beside {source.path.name}"
-        notes.append(f"{missing}: the bundle takes and gives token ids")
+    notes = [*source.notes, *texts.notes, *state_notes, *(_eps_notes(spec) if target == "coreml" else [])]
     if ids and len(ids) < CALIBRATION // 8:
         notes.append(f"calibrated on {len(ids)} tokens, which are few: up to {CALIBRATION} are read")
     return Written(output, nbytes, bits_per_weight(source.spec, plan), model_id, tuple(notes))
@@ -424,37 +432,17 @@ def _plan(source: Checkpoint, quant: str | None, block: int | None, overrides: S
     return {name: Recipe(t.bits, t.block, t.method) for name, t in source.tensors.items()}
 
 
-def _calibration(plan: Plan, given: str | Sequence[str], file: Path | None, about: Mapping[str, Any]) -> list[int]:
+def _calibration(plan: Plan, given: str | Sequence[str], texts: Texts) -> list[int]:
     """The tokens of a calibration, every text after the token that begins one."""
-    texts = [given] if isinstance(given, str) else given
     if not any(r.rows for r in plan.values()):
         raise ExportError("calibrate is for tables: give quant lut4 or lut6, with target coreml")
-    if file is None:
+    if texts.tokenizer is None:
         raise InputError("to calibrate takes a tokenizer, and none lies beside the checkpoint: give --tokenizer")
-    tokenizer = open_tokenizer(file)
-    ids = [i for text in texts if text for i in (about["bos_token_id"], *tokenizer.encode(text))]
+    documents = [given] if isinstance(given, str) else given
+    ids = [i for text in documents if text for i in (texts.bos_token_id, *texts.tokenizer.encode(text))]
     if not ids:
         raise InputError("the text to calibrate on is empty")
     return ids[:CALIBRATION]
-
-
-def _tokenizer(source: Checkpoint, given: str | Path | None) -> tuple[Path | None, dict[str, Any]]:
-    file = Path(given) if given else tokenizer_beside(source.path, source.spec.n_vocab)
-    if file is None or str(given) == "none":
-        return None, {}
-    if not file.is_file():
-        raise InputError(f"the tokenizer {file} does not exist")
-    tokenizer = open_tokenizer(file)
-    # a table padded to a multiple of 128 or so is common, less than that is another model's
-    if not tokenizer.n_vocab <= source.spec.n_vocab < tokenizer.n_vocab + 1024:
-        raise InputError(
-            f"{file} has {tokenizer.n_vocab} tokens, but the model has {source.spec.n_vocab}: it belongs to another "
-            "model; give the right one with --tokenizer, or none to do without"
-        )
-    name = "rwkv_vocab.txt" if tokenizer.kind == World.kind else "tokenizer.json"
-    end = tokenizer.eos_token_id
-    about = {"kind": tokenizer.kind, "file": name, "eos_token_ids": [] if end is None else [end], "bos_token_id": end or 0}
-    return file, about
 
 
 # --- streaming the tensors ---

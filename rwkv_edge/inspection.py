@@ -13,7 +13,7 @@ from .forecast import CoremlForecast, Forecast, bandwidth, coreml_forecast, core
 from .qtensor import Plan
 from .quantize import COREML_DEFAULTS, COREML_QUANTS, coreml_plan, plan
 from .spec import Shape, Spec
-from .tokenizer import tokenizer_beside
+from .texts import find_texts
 
 # recipes to choose from, as --quant and --block
 RECIPES: tuple[tuple[str, int | None], ...] = (("none", None), ("fp16", None), ("int8", None), ("int4", None), ("int4", 128))
@@ -39,6 +39,7 @@ class Inspection:
     column     what the recipes are: how tensors are stored, or how they would be
     settings   of the model that are not the usual ones
     nbytes     of all weights by these recipes
+    notes      on a checkpoint: its tokenizer, and what was read in an unusual way
     about      of a Core ML bundle: profile, state, T, packages, and the systems that it needs; of others nothing
     forecasts  what each recipe to choose from takes with onnxruntime, or the one that was asked for, or is stored
     coreml     the same with Core ML, if that was asked for
@@ -57,6 +58,7 @@ class Inspection:
     forecasts: tuple[Forecast, ...]
     coreml: tuple[CoremlForecast, ...]
     bandwidth: Mapping[int, float]
+    notes: tuple[str, ...] = ()
 
     @property
     def grouped(self) -> tuple[TensorRow, ...]:
@@ -105,20 +107,21 @@ def inspect(
         raise QuantizeError(f"{path} is stored as it is: --target, --quant, --block and --override are for checkpoints")
     if checkpoint is None:
         return _bundle(path, memory)
-    spec, file = checkpoint.spec, tokenizer_beside(checkpoint.path, checkpoint.spec.n_vocab)
-    tokenizer_bytes = file.stat().st_size if file else 0
+    spec, texts = checkpoint.spec, find_texts(checkpoint)
+    tokenizer_bytes, notes = len(texts.content), (*checkpoint.notes, *texts.notes)
     if checkpoint.quantized:
         plans = {"as stored": {name: t.recipe for name, t in checkpoint.tensors.items()}}
         found = _found("quantized checkpoint", "stored as", spec, plans["as stored"])
     elif target == "coreml":
-        return _coreml(spec, profile, quant, block, overrides, tokenizer_bytes)
+        found = _coreml(spec, profile, quant, block, overrides, tokenizer_bytes)
+        return replace(found, notes=notes)
     else:
         found = _found(
             "checkpoint", f"as {quant or 'int4'}", spec, plan(spec, quant or "int4", block=block, overrides=overrides)
         )
         recipes = [(quant or "int4", block)] if asked else RECIPES
         plans = {_name(q, b, overrides): plan(spec, q, block=b, overrides=overrides) for q, b in recipes}
-    return _with_forecasts(found, spec, plans, memory, tokenizer_bytes=tokenizer_bytes)
+    return _with_forecasts(replace(found, notes=notes), spec, plans, memory, tokenizer_bytes=tokenizer_bytes)
 
 
 def _found(what: str, column: str, spec: Spec, plan: Plan) -> Inspection:

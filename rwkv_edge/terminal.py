@@ -88,7 +88,10 @@ def print_inspection(path: object, found: Any, tensors: bool) -> None:
     click.echo(f"{found.n_parameters:,} parameters  {sizes}")
     if found.settings:
         click.echo("unusual settings  " + "  ".join(f"{name} {value:g}" for name, value in found.settings.items()))
-    click.echo(f"state {size(found.state_bytes)}{', in float16' if coreml else ''}\n")
+    click.echo(f"state {size(found.state_bytes)}{', in float16' if coreml else ''}")
+    for note in found.notes:
+        click.echo(printable(note))
+    click.echo()
     if found.about:
         about = found.about
         packages = "1 package" if about["packages"] == 1 else f"{about['packages']} packages"
@@ -458,9 +461,8 @@ def _turn() -> str:
 def _line(prompt: str) -> str:
     """A line of stdin; of a terminal's line editor, all that was pasted into it."""
     if is_terminal(sys.stdin) and is_terminal(sys.stdout):
-        _edit_lines()
         try:
-            return input(prompt)
+            return input(prompt) if _edit_lines() else _PLAIN.line(prompt).decode()
         except UnicodeDecodeError as e:
             raise InputError(f"that was not UTF-8 text: {e.reason}") from e
     data = sys.stdin.buffer.readline()
@@ -470,19 +472,44 @@ def _line(prompt: str) -> str:
 
 
 @functools.cache
-def _edit_lines() -> None:
-    """Give input() its line editor and history, where Python has one."""
-    with contextlib.suppress(ImportError):
+def _edit_lines() -> bool:
+    """Give input() its line editor and history; False where Python has none."""
+    try:
         import readline
+    except ImportError:
+        return termios is None  # on Windows the console has one
+    if "libedit" not in (readline.__doc__ or ""):  # as on macOS: it takes a paste line by line
+        readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off
+    return True
 
-        if "libedit" not in (readline.__doc__ or ""):  # as on macOS: it takes a paste line by line
-            readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off
+
+class _PlainLines:
+    """Lines of a terminal without a line editor. input() would leave in C's buffer, unseen, what came with the first line.
+
+    data  read, and not yet given
+    """
+
+    data = b""
+
+    def line(self, prompt: str) -> bytes:
+        click.echo(prompt, nl=False)
+        while b"\n" not in self.data and (new := os.read(sys.stdin.fileno(), 1 << 16)):
+            self.data += new
+        if not self.data:
+            raise EOFError
+        line, _, self.data = self.data.partition(b"\n")
+        return line
+
+
+_PLAIN = _PlainLines()
 
 
 def _is_pasting() -> bool:
     """Whether the next line is there before a person can have typed it: a terminal may give a paste line by line."""
     if termios is None or not is_terminal(sys.stdin):
         return False
+    if _PLAIN.data:
+        return True
     before = termios.tcgetattr(sys.stdin)
     try:
         tty.setcbreak(sys.stdin, termios.TCSANOW)  # otherwise a last line without an end would not be seen
@@ -502,6 +529,7 @@ def _typed_meanwhile_is_dropped() -> Iterator[None]:
     finally:
         if termios is not None and is_terminal(sys.stdin):
             termios.tcflush(sys.stdin, termios.TCIFLUSH)
+            _PLAIN.data = b""
 
 
 def _reply(pieces: Any) -> None:

@@ -5,7 +5,7 @@ import codecs
 import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -61,6 +61,15 @@ class Json:
         except Exception as e:  # the library raises Exception itself
             raise InputError(f"the tokenizer cannot encode this text: {e}") from e
         return ids
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token by its whole text, or None."""
+        found: int | None = self._t.token_to_id(token)
+        return found
+
+    def is_special(self, token: int) -> bool:
+        """Whether an id marks something and is no text: an added token, or what is called as the end of a text is."""
+        return token in self._t.get_added_tokens_decoder() or self._t.id_to_token(token) in _END_OF_TEXT
 
     def decode(self, ids: list[int]) -> str:
         """Give the text of ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
@@ -149,9 +158,10 @@ class World:
     kind = "world"
     eos_token_id = 0
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, text: str | None = None) -> None:
+        """Read a file, or in its place a text of the same form."""
         try:
-            lines = path.read_text("utf-8").splitlines()
+            lines = (path.read_text("utf-8") if text is None else text).splitlines()
             ids = [int(line[: line.index(" ")]) for line in lines]
             # one literal of all of them: twenty times as fast as one by one
             values = ast.literal_eval(f"[{','.join(line[line.index(' ') : line.rindex(' ')] for line in lines)}]")
@@ -204,6 +214,19 @@ class World:
             at += n
         return found
 
+    @property
+    def tokens(self) -> Mapping[int, bytes]:
+        """The bytes of every id."""
+        return self._tokens
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token by its whole text, or None."""
+        return self._ids.get(token.encode())
+
+    def is_special(self, token: int) -> bool:
+        """Whether an id marks something and is no text: 0, and special tokens."""
+        return token == 0 or (token in self._tokens and self._tokens[token] not in self._ordinary)
+
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Give the bytes of ids: what was encoded, byte for byte. Ids without a token have none."""
         return b"".join(self._tokens.get(i, b"") for i in ids)
@@ -240,17 +263,6 @@ class WorldStream:
 
 
 Tokenizer = Json | World
-
-
-def tokenizer_beside(checkpoint: Path, n_vocab: int) -> Path | None:
-    """Find a checkpoint's tokenizer: beside a file, or in a folder, there a World vocabulary too; then World by size."""
-    if checkpoint.is_dir():
-        files = [checkpoint / "tokenizer.json", *sorted(checkpoint.glob("rwkv_vocab*.txt")), checkpoint / "vocab.txt"]
-    else:
-        files = [checkpoint.with_name("tokenizer.json")]
-    # other models' vocab.txt has no ids
-    found = (f for f in files if f.is_file() and (f.name != "vocab.txt" or f.read_bytes().startswith(b"1 ")))
-    return next(found, WORLD if n_vocab == WORLD_SIZE else None)
 
 
 def open_tokenizer(path: Path) -> Tokenizer:

@@ -379,7 +379,7 @@ def write_gguf(path: Path, tensors, about, dtype="fp32", packed=None) -> Path:
         body.write(bytes(-body.tell() % 32))
         infos.append(gguf_tensor(name, x.shape, kind, body.tell()))
         body.write(data)
-    about = about | {"tokenizer.ggml.tokens": [b"<s>", b"\xff"], "rwkv.eps": 1e-5}
+    about = {"tokenizer.ggml.tokens": [b"<s>", b"\xff"], "rwkv.eps": 1e-5} | about
     head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(about))
     head += b"".join(gguf_entry(k, gguf_value(v)) for k, v in about.items()) + b"".join(infos)
     path.write_bytes(head + bytes(-len(head) % 32) + body.getvalue())

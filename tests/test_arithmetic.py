@@ -157,11 +157,9 @@ def test_check_shows_both_costs_and_the_verdict_last(made):
     assert report["arithmetic"]["kl"] > 0.05 > report["limits"]["arithmetic_kl"]
     assert report["arithmetic"]["n"] == report["n_tokens"]
     lines = run(*command).stdout.splitlines()
-    assert [line.split(" a KL")[0] for line in lines[-4:-2]] == [
-        "The weights cost",
-        "The arithmetic (8-bit activations) costs",
-    ]
-    assert lines[-2].startswith("Warning: ")
+    costs = [line.split(" a KL")[0] for line in lines if " a KL" in line and not line.startswith("Warning: ")]
+    assert costs == ["The weights cost", "The arithmetic (8-bit activations) costs"]
+    assert any(line.startswith("Warning: ") for line in lines)
     assert lines[-1].startswith("The bundle ")
 
 

@@ -387,7 +387,8 @@ def test_bundles_without_a_tokenizer_take_and_give_ids(bundle, tmp_path, random_
         run("run", path, "1 hi", "--ids").stderr == "Error: with --ids the prompt is token ids, such as '1 2 3': 'hi' is none\n"
     )
     said = run("export", random_pth("odd"), "-o", tmp_path / "out").stderr.splitlines()[-1]
-    assert said == "no tokenizer.json beside odd-fp32.pth: the bundle takes and gives token ids"
+    assert "no tokenizer for 61 tokens" in said
+    assert "the bundle takes and gives token ids" in said
 
 
 def test_usage_errors_exit_with_two():

@@ -5,9 +5,10 @@ import json
 import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class Checkpoint:
     known_id the model's id where the file states it (our own quantized checkpoints), else None
     sha256   of such a file's data
     notes    on what was read in an unusual way, left out, or merged into it, and on its settings
+    metadata of a GGUF
     initial_state  the tuned state that stands among the weights, by names of a whole state: `{layer}.wkv`; or None
     """
 
@@ -43,6 +45,7 @@ class Checkpoint:
     sha256: str | None = None
     notes: tuple[str, ...] = ()
     initial_state: Mapping[str, Stored] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def quantized(self) -> bool:
@@ -109,7 +112,7 @@ def _canonical(path: Path, held: Held) -> Checkpoint:
     if spec.unusual and settings.source:
         notes.append(f"{settings.source.name} has settings that are not the usual ones: {spec.unusual_text}")
     tensors = {name: tensors[name] for name in spec.weights}
-    return Checkpoint(path, spec, tensors, notes=tuple(notes), initial_state=first)
+    return Checkpoint(path, spec, tensors, notes=tuple(notes), initial_state=first, metadata=held.metadata)
 
 
 def _initial_state(spec: Spec, records: Mapping[str, Record], *, half: bool) -> dict[str, Stored] | None:

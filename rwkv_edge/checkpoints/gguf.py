@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 import struct
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -101,6 +101,27 @@ def _official(about: dict[str, Any], records: dict[str, Record]) -> dict[str, Re
     return records
 
 
+@dataclass(frozen=True)
+class Texts:
+    """A list of texts in a file's metadata, such as its vocabulary: read when it is asked for."""
+
+    path: Path
+    offset: int
+    n: int
+
+    def __repr__(self) -> str:
+        return f"a list of {self.n} texts"
+
+    def read(self) -> list[bytes]:
+        """Raises  CheckpointError if the file was changed meanwhile."""
+        try:
+            with open(self.path, "rb") as f:
+                f.seek(self.offset)
+                return [f.read(*struct.unpack("<Q", f.read(8))) for _ in range(self.n)]
+        except (OSError, struct.error) as e:
+            raise CheckpointError(f"cannot read {self.path}: {e}") from e
+
+
 class _Header:
     """A GGUF file's header as it is read: every length is held against what the file has left."""
 
@@ -108,7 +129,7 @@ class _Header:
         self.path, self.f, self.size = path, f, path.stat().st_size
 
     def read(self) -> tuple[dict[str, Any], dict[str, Record]]:
-        """Give the metadata without its lists, and the tensors by llama.cpp's names."""
+        """Give the metadata, and the tensors by llama.cpp's names."""
         self.take(4)
         version, n_tensors, n_about = self.numbers("IQQ")
         if version not in (2, 3):
@@ -174,7 +195,7 @@ class _Header:
         return name
 
     def value(self, kind: int) -> Any:
-        """A value of metadata; of a list, such as the vocabulary, nothing is kept."""
+        """A value of metadata; of a list of texts its place, of other lists nothing."""
         if kind in _SCALARS:
             return self.numbers(_SCALARS[kind])[0]
         if kind == _STRING:
@@ -187,10 +208,11 @@ class _Header:
             raise ValueError(f"a list of {n} values of type {kind}")
         if kind != _STRING:
             self.f.seek(n * each, 1)
-        else:
-            for _ in range(n):
-                self.take(*self.numbers("Q"))
-        return None
+            return None
+        texts = Texts(self.path, self.f.tell(), n)
+        for _ in range(n):
+            self.take(*self.numbers("Q"))
+        return texts
 
     def tensor(self) -> tuple[tuple[int, ...], int, int]:
         """Shape, type and place of a tensor."""

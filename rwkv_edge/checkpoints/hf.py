@@ -29,7 +29,7 @@ def find_weights(folder: Path) -> tuple[list[Path], dict[str, str]]:
             return [_regular(folder / name)], {}
         index = folder / f"{name}.index.json"
         if _exists(index):
-            places = _read_json(index).get("weight_map")
+            places = read_json(index).get("weight_map")
             if not isinstance(places, dict) or not places or not all(isinstance(p, str) for p in places.values()):
                 raise CheckpointError(f"{index} has no weight_map from tensors to files: download it again")
             shards = sorted(set(places.values()))
@@ -80,7 +80,7 @@ def read_settings(path: Path, layout: str, sizes: Mapping[str, int], version: st
     if path.is_dir():
         if not _exists(file):
             return without_config(layout, f"{path.name} has no config.json")
-        config = _read_json(file)
+        config = read_json(file)
         wrong = contradiction(config, sizes, version)
         if wrong:
             raise CheckpointError(f"{file} {wrong}: it is another model's, or damaged. Download it again")
@@ -90,7 +90,7 @@ def read_settings(path: Path, layout: str, sizes: Mapping[str, int], version: st
     if not _exists(file):
         return without_config(layout, f"no config.json lies beside {path.name}")
     try:
-        config = _read_json(file)
+        config = read_json(file)
         reason = describes(config, sizes, version)
     except CheckpointError:
         config, reason = {}, "cannot be read"
@@ -109,7 +109,7 @@ def _regular(file: Path) -> Path:
     return file
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         if _regular(file).stat().st_size > _MAX_JSON:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes, expected at most {_MAX_JSON}: download it again")
