@@ -619,6 +619,9 @@ def eval_(
     rounds activations to 8 bits, the costs of its weights and of its arithmetic are told apart, and a warning says if the
     arithmetic costs more than 0.001 nats per token.
 
+    The token that begins a text (0) is read before each document, unless --window cuts the text. run reads it for an empty
+    prompt only.
+
     \b
     rwkv-edge eval model-int4 model-int8 --text book.txt --against model.pth
     rwkv-edge eval model-int4 --text book.txt --window 256 --limit 100
