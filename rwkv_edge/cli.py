@@ -86,7 +86,9 @@ force_option = click.option("-f", "--force", is_flag=True, help="Replace the out
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing on stderr but errors.")
 exact_option = click.option(
-    "--exact", is_flag=True, help="Compute in exact arithmetic, where the bundle rounds activations to 8 bits: slower."
+    "--exact",
+    is_flag=True,
+    help="Compute in exact arithmetic, where the bundle rounds activations to 8 bits. Slow with int8 weights.",
 )
 interpret_option = click.option("--interpret", is_flag=True, help="Compute Core ML bundles in numpy: slowly, but anywhere.")
 threads_option = click.option(

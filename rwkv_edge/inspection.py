@@ -156,7 +156,8 @@ def _bundle(path: str | Path, memory: int | None) -> Inspection:
     tokenizer = b.manifest["tokenizer"]
     what = "bundle: " + ", ".join(f"{g['file']} ({g['wkv']}, {g['arithmetic']})" for g in graphs)
     found = _found(what, "stored as", b.spec, recipes)
-    more = {"wkv": graphs[0]["wkv"], "nbytes": nbytes, "tokenizer_bytes": sizes[tokenizer["file"]] if tokenizer else 0}
+    more = {"wkv": graphs[0]["wkv"], "exact": b.graph("run")["arithmetic"] == "exact", "nbytes": nbytes}
+    more["tokenizer_bytes"] = sizes[tokenizer["file"]] if tokenizer else 0
     return _with_forecasts(found, b.spec, {"as stored": recipes}, memory, **more)
 
 

@@ -53,7 +53,8 @@ def open_bundle(
     threads  for onnxruntime's matrix products; None takes every core
     spin     let idle threads wait busily between products: faster, but it takes time from other programs
     verify   compare every file's sha256 with the manifest (1.7 GB a second); leave out for your own installation
-    exact    compute matrix products in float32, where the bundle else rounds activations to 8 bits: slower
+    exact    compute matrix products in float32, where the bundle else rounds activations to 8 bits; decoding is slower,
+             with 8-bit weights ten times
 
     interpret  of a Core ML bundle: compute its packages in numpy, slowly, anywhere; "native" rounds to float16 as they
                say, "flushed" also takes its subnormal numbers for 0, "exact" computes in float64. None: Core ML itself,
