@@ -155,17 +155,22 @@ def _candidates(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[], _Fou
     """A checkpoint's own tokenizers, then those that lie beside its file: what each is called, and how it is opened."""
     path, metadata = checkpoint.path, checkpoint.metadata
     if path.is_dir():
-        files = [path / "tokenizer.json", *sorted(path.glob("rwkv_vocab*.txt")), path / "vocab.txt"]
+        files = [path / "tokenizer.json", *_vocabularies(path), path / "vocab.txt"]
         # other models' vocab.txt has no ids
         files = [f for f in files if f.is_file() and (f.name != "vocab.txt" or _starts_as_world(f))]
         where = "of the folder"
     else:
         if "tokenizer.ggml.model" in metadata or "tokenizer.ggml.tokens" in metadata:
             yield "the vocabulary in the file", partial(_of_gguf, metadata, path)
-        files = [f for f in (path.with_name("tokenizer.json"), *sorted(path.parent.glob("rwkv_vocab*.txt"))) if f.is_file()]
+        files = [f for f in (path.with_name("tokenizer.json"), *_vocabularies(path.parent)) if f.is_file()]
         where = "beside the file"
     for file in files:
         yield f"{file.name} {where}", partial(_of_file, file, f"{file.name} {where}")
+
+
+def _vocabularies(folder: Path) -> list[Path]:
+    """World vocabularies, the longest first: it extends the others."""
+    return sorted(folder.glob("rwkv_vocab*.txt"), key=lambda file: (-file.stat().st_size, file.name))
 
 
 def _starts_as_world(file: Path) -> bool:
