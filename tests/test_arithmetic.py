@@ -202,7 +202,7 @@ def test_export_chooses_exact_arithmetic(made, tmp_path):
     prompt = open_bundle(out).encode(PROMPT)
     expected = greedy(made / "original" / "model.onnx", prompt, 12)
     (slow,), (fast,) = (json.loads(run("inspect", path, "--json").stdout)["forecasts"] for path in (out, other))
-    assert slow["tok_s"]["1"] < fast["tok_s"]["1"] / 2  # measured: a sixth, onnxruntime has no fast exact product of 8 bits
+    assert slow["tok_s"]["1"] < fast["tok_s"]["1"] / 2  # measured: a fifteenth. onnxruntime has no fast exact product of 8 bits
     for more in ([], ["--exact"]):
         told = run("run", out, "--ids", " ".join(map(str, prompt)), "-n", 12, "-t", 0, "-q", *more)
         assert [int(i) for i in told.stdout.split()] == expected
