@@ -16,10 +16,11 @@ from .checkpoints import Checkpoint
 from .checkpoints.gguf import Texts as TextList
 from .checkpoints.hf import WEIGHTS, read_json
 from .errors import CheckpointError, InputError
-from .tokenizer import WORLD, WORLD_SIZE, WORLD_TOKENS, Tokenizer, World, open_tokenizer
+from .tokenizer import WORLD, WORLD_SIZE, WORLD_TOKENS, Json, Tokenizer, World, open_tokenizer
 
 # a table of rows padded to a multiple of 128 or so is common; with more rows it is another model's tokenizer
 _MAX_UNUSED = 1024
+_CLASS_DEFAULT = 2  # eos_token_id of transformers' and fla's configuration classes where nobody has set it
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _named(checkpoint: Checkpoint, named: str | Path) -> _Found:
         file = Path(named)
         if not file.is_file():
             raise InputError(f"the tokenizer {file} does not exist: give a file, world for the built-in vocabulary, or none")
-        found = _Found(open_tokenizer(file), file.read_bytes(), f"{file.name}, by --tokenizer")
+        found = _of_file(file, f"{file.name}, by --tokenizer")
     if reason := _misfit(found.tokenizer, n_vocab):
         raise InputError(
             f"{named} {reason}: it belongs to another model; give the right one with --tokenizer, world for the built-in "
@@ -179,7 +180,10 @@ def _starts_as_world(file: Path) -> bool:
 
 
 def _of_file(file: Path, what: str) -> _Found:
-    return _Found(open_tokenizer(file), file.read_bytes(), what)
+    tokenizer, content = open_tokenizer(file), file.read_bytes()
+    if isinstance(tokenizer, World):  # for readers that know no byte order mark and one line end
+        content = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
+    return _Found(tokenizer, content, what)
 
 
 def _world(n_vocab: int, what: str) -> _Found:
@@ -307,7 +311,7 @@ def _ends(
 ) -> tuple[tuple[int, ...], int]:
     """The ids that end a text, and the one that begins it.
 
-    An id that config.json alone names counts if it marks something: its default in some classes is 2, which is a letter.
+    Among World's tokens only special ones can be ends. Others may be anything but what configuration classes say unasked.
     """
     own = tokenizer.eos_token_id
     ends = [] if own is None else [own]
@@ -316,10 +320,11 @@ def _ends(
         for i in given if isinstance(given, list) else [given]:
             if type(i) is not int or i in ends:
                 continue
-            if 0 <= i < n_vocab and (tokenizer.is_special(i) or i in added.values()):
+            special = tokenizer.is_special(i) or i in added.values()
+            if 0 <= i < n_vocab and (special or (isinstance(tokenizer, Json) and i != _CLASS_DEFAULT)):
                 ends.append(i)
             else:
-                notes.append(f"eos_token_id {i} of {name} is not used: it is no special token")
+                notes.append(f"eos_token_id {i} of {name} is not used: it is not a special token")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         token = about.get(name, {}).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token

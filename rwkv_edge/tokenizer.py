@@ -161,7 +161,7 @@ class World:
     def __init__(self, path: Path, text: str | None = None) -> None:
         """Read a file, or in its place a text of the same form."""
         try:
-            lines = (path.read_text("utf-8") if text is None else text).splitlines()
+            lines = (path.read_text("utf-8-sig") if text is None else text).splitlines()
             ids = [int(line[: line.index(" ")]) for line in lines]
             # one literal of all of them: twenty times as fast as one by one
             values = ast.literal_eval(f"[{','.join(line[line.index(' ') : line.rindex(' ')] for line in lines)}]")

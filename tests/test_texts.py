@@ -216,6 +216,27 @@ def test_several_tokens_may_end_a_text(tmp_path):
     assert generation.finish == "end"
 
 
+def test_ids_that_end_a_text_of_another_tokenizer(tmp_path):
+    """Expected: transformers stops at every id of the list."""
+    w = factory.weights(**factory.WORLD | {"n_vocab": 4096})
+    folder = factory.write_folder(tmp_path / "m", factory.fla(w), config={"model_type": "rwkv7", "group_norm_epsilon": 64e-5})
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 0, 7, 2]}')
+    shutil.copy(DEMO.with_name("tokenizer.json"), folder)
+    _, model, notes = exported(folder, tmp_path)
+    assert model.eos_token_ids == (0, 3, 7)
+    assert "eos_token_id 2 of generation_config.json is not used" in notes
+
+
+@pytest.mark.parametrize(("end", "mark"), [("\r\n", ""), ("\n", "\ufeff")], ids=["CRLF", "byte order mark"])
+def test_a_vocabulary_that_an_editor_of_windows_saved(end, mark, tmp_path):
+    pth = world_pth(tmp_path)
+    lines = mark + VOCABULARY.read_text("utf-8") + "65530 '<|im_start|>' 12\n"
+    (tmp_path / "rwkv_vocab.txt").write_bytes(lines.replace("\n", end).encode())
+    _, model, _ = exported(pth, tmp_path)
+    assert model.encode("<|im_start|>\n\n") == [65530, BLANK_LINE]
+    assert (tmp_path / "out" / "rwkv_vocab.txt").read_bytes() == lines.lstrip("\ufeff").encode()
+
+
 def test_a_default_of_a_class_ends_no_text(tmp_path):
     """fla's configuration class has eos_token_id 2 where nobody sets it; in World's vocabulary that is a byte."""
     _, model, notes = exported(world_folder(tmp_path / "m", config={"eos_token_id": 2}), tmp_path)
