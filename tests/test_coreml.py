@@ -35,6 +35,7 @@ from rwkv_edge.quantize import COREML_QUANTS, coreml_plan, kmeans, mean_squares,
 from rwkv_edge.reference import Weights, run_reference
 from rwkv_edge.runtime import State, open_bundle
 from rwkv_edge.runtime.coreml import Interpreted
+from rwkv_edge.texts import find_texts
 from rwkv_edge.tokenizer import open_tokenizer
 
 # float16 against float64 on the same weights, nats a token; measured 3e-6 on the demo model, 1e-5 to 3e-4 on random ones
@@ -678,8 +679,8 @@ def test_tables_are_made_for_what_flows_into_them(tmp_path, bundle):
 
 def test_a_text_to_calibrate_on_is_one_text(weights):
     plan = coreml_plan(weights("odd")[0], "lut4", "ane")
-    given = (DEMO.with_name("tokenizer.json"), {"eos_token_ids": [0], "bos_token_id": 0})
-    assert _calibration(plan, "Once upon a time", *given) == _calibration(plan, ["Once upon a time"], *given)
+    texts = find_texts(open_checkpoint(DEMO))
+    assert _calibration(plan, "Once upon a time", texts) == _calibration(plan, ["Once upon a time"], texts)
 
 
 def test_calibrations_that_cannot_be_are_refused(tmp_path, random_pth):
