@@ -27,8 +27,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # float32 against float32 in another order of summation, over 128 tokens; measured 2e-6 to 9e-6
 REFERENCE = 5e-5
-# the same beside the rwkv package as it computes on this machine: 5.1e-5 (the state of 5.2, read as a sequence) on a processor with
-# AMX, 9e-6 elsewhere
+# the same beside the rwkv package as it computes on this machine: 9e-6, but 5.1e-5 on a processor with AMX, in the state of
+# 5.2 read as a sequence
 LIVE = 1e-4
 # float64 against float64: the WKV's forms; measured 1e-12 (linear attention, whose 2^44 leaves 2^-44), 1e-14 (chunk)
 FORMS = 1e-10
