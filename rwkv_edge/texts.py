@@ -170,8 +170,9 @@ def _candidates(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[], _Fou
 
 
 def _vocabularies(folder: Path) -> list[Path]:
-    """World vocabularies, the longest first: it extends the others."""
-    return sorted(folder.glob("rwkv_vocab*.txt"), key=lambda file: (-file.stat().st_size, file.name))
+    """World vocabularies, the one with the most lines first: it extends the others. Bytes do not tell: line ends differ."""
+    files = [file for file in folder.glob("rwkv_vocab*.txt") if file.is_file()]
+    return sorted(files, key=lambda file: (-file.read_bytes().count(b"\n"), file.name))
 
 
 def _starts_as_world(file: Path) -> bool:
@@ -351,9 +352,11 @@ def _template(about: Mapping[str, Any], notes: list[str]) -> str | None:
         text = named.get("default", next(iter(named.values()), None))
     if not isinstance(text, str) or not text:
         return None
-    if "<|im_start|>" in text and "<|im_end|>" in text and "<|im_sep|>" not in text:
+    if "<|im_start|>" in text and "<|im_end|>" in text and not re.search(r"<\|im_sep\|>|User:", text):
         return "chatml"
-    if text == "rwkv-world" or ("User:" in text and "Assistant:" in text):
+    if text == "rwkv-world" or (
+        "<|" not in text and re.search(r"User:.*Assistant:", text, re.S) and re.search(r"(\\n|\n){2}", text)
+    ):
         return "rwkv"
     notes.append("the chat template is not used: it is neither ChatML nor User: and Assistant:. Choose one with --template")
     return None

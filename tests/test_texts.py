@@ -256,9 +256,11 @@ WORLDS = (
         (CHATML, "<|im_start|>assistant\n"),
         ([{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}], "<|im_start|>assistant\n"),
         (WORLDS, "Assistant:"),
-        ("{{ '[INST] ' + messages[0]['content'] + ' [/INST]' }}", None),
+        ("{{ '<|im_start|>User: ' + messages[0]['content'] + '<|im_end|>Assistant:' }}", None),
+        ("{{ 'User: ' + messages[0]['content'] + '\n' + 'Assistant:' }}", None),
+        ("{{ '[INST] + messages[0]['content'] + ' [/INST]' }}", None),
     ],
-    ids=["chatml", "chatml among several", "world", "another"],
+    ids=["chatml", "chatml among several", "world", "markers around World's roles", "one line break", "another"],
 )
 def test_a_folder_s_chat_template_is_recognised_or_said_to_be_unused(template, assistant, tmp_path):
     folder = world_folder(
