@@ -1,5 +1,6 @@
 """Fixtures: the demo model, small random models, and bundles of them, each exported once."""
 
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -68,6 +69,18 @@ def bundle(workspace, random_pth):
         path = workspace / "-".join([model, *(f"{k}={v}" for k, v in sorted(options.items()))]).replace("*", "_")
         if not path.exists():
             export(DEMO if model == "demo" else random_pth(model), path, **options)
+        return path
+
+    return get
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    """A bundle to damage."""
+
+    def get(model="odd", **options):
+        path = tmp_path / "copy"
+        shutil.copytree(bundle(model, **options), path)
         return path
 
     return get

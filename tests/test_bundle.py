@@ -29,18 +29,6 @@ from rwkv_edge.tokenizer import WORLD
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "bundle.schema.json").read_text())
 
 
-@pytest.fixture
-def copy(bundle, tmp_path):
-    """A bundle to damage."""
-
-    def get(model="odd", **options):
-        path = tmp_path / "copy"
-        shutil.copytree(bundle(model, **options), path)
-        return path
-
-    return get
-
-
 def edit(path, change):
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)

@@ -5,7 +5,6 @@ hand: this file shares no code with what packs or unpacks.
 """
 
 import json
-import shutil
 
 import factory
 import numpy as np
@@ -26,18 +25,6 @@ KINDS = {
     "ane-int8": {"target": "coreml", "quant": "int8"},
     "gpu-int4": {"target": "coreml", "quant": "int4", "profile": "gpu"},
 }
-
-
-@pytest.fixture
-def copy(bundle, tmp_path):
-    """A bundle to damage."""
-
-    def get(model="odd", **options):
-        path = tmp_path / "copy"
-        shutil.copytree(bundle(model, **options), path)
-        return path
-
-    return get
 
 
 def run(*args):
